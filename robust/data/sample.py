@@ -1,0 +1,33 @@
+"""What every data source yields."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One labelled image as the model sees it."""
+
+    id: str  # stable and unique in its data set, such as "n02510455/n02510455_giant_panda.jpg"
+    x: Tensor  # (C, H, W) float32 in [0, 1], at the model's input size
+    y: int  # ground truth, an index into the model's classes
+    sha256: str  # of the source's bytes: the file, or the array's row, before any resizing
+
+
+class Dataset(Protocol):
+    """Samples in a fixed order, read one at a time; iterating again reads the same ones again.
+
+    `class_names` are those that the data itself knows, in label order, else None.
+    `skipped` names the images left out by --skip-bad-images in the last iteration.
+    """
+
+    name: str
+    class_names: tuple[str, ...] | None
+    skipped: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Sample]: ...

@@ -1,0 +1,67 @@
+"""What every model source makes: one object that takes pixels in [0, 1] and gives logits."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image file becomes the model's pixels: shorter side to `resize`, then a centred square `crop`.
+
+    Normalisation is not here: it is the first layer of the model, so that eps keeps its unit.
+    """
+
+    resize: int
+    crop: int
+    interpolation: str = "bilinear"  # "nearest" | "bilinear" | "bicubic" | "lanczos", as Pillow names them
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std, channel by channel; x is (N, C, H, W) in [0, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class Model:
+    """A classifier under test.
+
+    `module` maps (N, C, H, W) float32 pixels in [0, 1] to (N, num_classes) logits and is in eval mode.
+    `input_size` is (C, H, W); None where only the data can tell (a user's own network).
+    `class_names` and `wnids` (ImageNet's) are in label order where the source knows them, else None.
+    """
+
+    name: str  # the spec it was loaded by
+    source: str  # one readable phrase: "torchvision resnet50, weights IMAGENET1K_V2"
+    module: nn.Module
+    num_classes: int
+    input_size: tuple[int, int, int] | None = None
+    preprocess: Preprocess | None = None
+    class_names: tuple[str, ...] | None = None
+    wnids: tuple[str, ...] | None = None
+    fingerprint: str = ""
+
+
+def fingerprint(module: nn.Module, *extra: str) -> str:
+    """SHA-256 over every parameter and buffer (name, dtype, shape, bytes), the layer structure, and `extra`."""
+    digest = hashlib.sha256()
+    for text in (str(module), *extra):
+        digest.update(text.encode() + b"\0")
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(raw.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,384 @@
+"""The run directory's one source of truth: a SQLite file, written as the run goes, read by everything after it.
+
+The harness writes; reports, the gate and diagnostics only read, and need neither a model nor torch.
+
+A run advances in units: one window of samples (in data order) against one attack. A unit is written in one
+transaction together with its time, so that whatever happens to the process, a unit is there whole or not at
+all, and a resumed run makes the same batches, hence the same numbers, as an uninterrupted one.
+"""
+
+import json
+import sqlite3
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from robust.errors import InputError
+from robust.statistics import summarize
+
+FILENAME = "run.sqlite"
+
+# History of the schema, which is also that of report.json:
+# 1: first.
+SCHEMA_VERSION = 1
+
+SAMPLE_COLUMNS = (
+    "sample_id", "label", "clean_pred", "clean_confidence", "attack", "norm", "eps", "success", "robust",
+    "adv_pred", "adv_confidence", "distance_linf", "distance_l2", "robust_8bit", "forwards", "gradients",
+    "restart",
+)  # fmt: skip
+
+_TABLES = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE clean (
+    position INTEGER PRIMARY KEY, sample_id TEXT NOT NULL UNIQUE, sha256 TEXT NOT NULL,
+    label INTEGER NOT NULL, clean_pred INTEGER NOT NULL, clean_confidence REAL NOT NULL
+);
+CREATE TABLE result (
+    position INTEGER NOT NULL, attack TEXT NOT NULL, eps REAL NOT NULL, success INTEGER NOT NULL,
+    success_8bit INTEGER NOT NULL, adv_pred INTEGER, adv_confidence REAL, distance_linf REAL,
+    distance_l2 REAL, forwards INTEGER NOT NULL, gradients INTEGER NOT NULL, restart INTEGER,
+    PRIMARY KEY (position, attack, eps)
+) WITHOUT ROWID;
+CREATE TABLE unit (
+    start INTEGER NOT NULL, attack TEXT NOT NULL, seconds REAL NOT NULL, refuted INTEGER NOT NULL,
+    overlooked INTEGER NOT NULL, PRIMARY KEY (start, attack)
+) WITHOUT ROWID;
+CREATE TABLE picture (
+    role TEXT NOT NULL, rank REAL NOT NULL, position INTEGER NOT NULL, attack TEXT NOT NULL, eps REAL NOT NULL,
+    adv_pred INTEGER NOT NULL, adv_confidence REAL NOT NULL, distance_linf REAL NOT NULL,
+    distance_l2 REAL NOT NULL, shape TEXT NOT NULL, x BLOB NOT NULL, x_adv BLOB NOT NULL,
+    PRIMARY KEY (role, attack, position)
+) WITHOUT ROWID;
+CREATE TABLE adversarial (
+    position INTEGER NOT NULL, attack TEXT NOT NULL, shape TEXT NOT NULL, x BLOB NOT NULL, x_adv BLOB NOT NULL,
+    PRIMARY KEY (position, attack)
+) WITHOUT ROWID;
+CREATE TABLE finding (name TEXT PRIMARY KEY, level TEXT NOT NULL, message TEXT NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class Clean:
+    """What the model says of one unchanged sample."""
+
+    position: int  # rank in the data set, from 0
+    sample_id: str
+    sha256: str
+    label: int
+    clean_pred: int
+    clean_confidence: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """The verified verdict on one (sample, attack, eps). What describes an adversarial is None without one."""
+
+    position: int
+    attack: str
+    eps: float
+    success: bool
+    success_8bit: bool
+    adv_pred: int | None
+    adv_confidence: float | None
+    distance_linf: float | None
+    distance_l2: float | None
+    forwards: int
+    gradients: int
+    restart: int | None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One attacked sample kept for the report: `role` says why, the lowest `rank` in each role stays."""
+
+    role: str  # "smallest" | "typical" | "confident" | "withstood"
+    rank: float
+    position: int
+    attack: str
+    eps: float
+    adv_pred: int
+    adv_confidence: float
+    distance_linf: float
+    distance_l2: float
+    x: np.ndarray  # (C, H, W) float32 in [0, 1]
+    x_adv: np.ndarray  # (C, H, W) float32 in [0, 1]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One reason to believe the run, or not to. `name` is unique in a run."""
+
+    name: str
+    level: str  # "pass" | "warn" | "fail"
+    message: str
+
+
+PICTURES_KEPT = {"smallest": 3, "typical": 8, "confident": 3, "withstood": 3}
+
+
+class Store:
+    """A run, on disk or (path None) in memory. Open one with `Store.create` or `Store.open`.
+
+    `identity` is what a resumed run must share: {"model": {...}, "data": {...}, "options": {...}}, with the
+    attack names in order under options.attacks and the norm under options.norm. `details` is what may change:
+    the command, the environment, the class names.
+    """
+
+    def __init__(self, connection: sqlite3.Connection):
+        self._db = connection
+        self._db.row_factory = sqlite3.Row
+
+    @classmethod
+    def create(cls, path: Path | None, identity: Mapping[str, Any], details: Mapping[str, Any]) -> "Store":
+        """Start an empty run at `path`. InputError where a run is already there."""
+        if path is not None:
+            if path.exists():
+                raise InputError(
+                    f"{path.parent} already holds a run: continue it with --resume, or name another --output"
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+        store = cls(sqlite3.connect(path or ":memory:", isolation_level=None))
+        # In one transaction, so that a killed process leaves no half-made schema behind.
+        store._db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        with store._transaction():
+            store._put(identity=identity, **details)
+        return store
+
+    @classmethod
+    def open(cls, path: Path) -> "Store":
+        """Open the run at `path` (the file or its folder). InputError where there is none that can be read."""
+        path = path / FILENAME if path.is_dir() else path
+        if not path.is_file():
+            raise InputError(f"no run at {path}")
+        try:
+            store = cls(sqlite3.connect(path, isolation_level=None))
+            version = store._db.execute("PRAGMA user_version").fetchone()[0]
+        except sqlite3.DatabaseError as error:
+            raise InputError(f"{path} is not a run's store ({error}); name another --output") from None
+        if version != SCHEMA_VERSION:
+            raise InputError(
+                f"{path} has schema version {version}; this version of robust reads {SCHEMA_VERSION}"
+            )
+        return store
+
+    def close(self) -> None:
+        self._db.close()
+
+    # Writing
+
+    def set(self, **details: Any) -> None:
+        """Record run-wide facts, such as command="..."; they are read back from `details`."""
+        with self._transaction():
+            self._put(**details)
+
+    def add_clean(self, rows: Iterable[Clean]) -> None:
+        with self._transaction():
+            self._insert("clean", rows)
+
+    def add_unit(
+        self,
+        start: int,
+        attack: str,
+        seconds: float,
+        results: Iterable[Result],
+        pictures: Iterable[Picture] = (),
+        adversarials: Iterable[tuple[int, np.ndarray, np.ndarray]] = (),
+        refuted: int = 0,
+        overlooked: int = 0,
+    ) -> None:
+        """Record the window that begins at position `start` as attacked, all of it or (on an error) nothing.
+
+        `adversarials` are (position, x, x_adv). `refuted` counts the successes claimed on the fast twin that
+        the model itself did not confirm; `overlooked` the successes only the model itself saw.
+        """
+        with self._transaction():
+            self._insert("result", results)
+            for picture in pictures:
+                self._add_picture(picture)
+            self._db.executemany(
+                "INSERT INTO adversarial VALUES (?, ?, ?, ?, ?)",
+                ((position, attack, _shape(x), _pack(x), _pack(x_adv)) for position, x, x_adv in adversarials),
+            )
+            self._db.execute(
+                "INSERT INTO unit VALUES (?, ?, ?, ?, ?)", (start, attack, seconds, refuted, overlooked)
+            )
+
+    def set_findings(self, findings: Iterable[Finding]) -> None:
+        with self._transaction():
+            self._db.execute("DELETE FROM finding")
+            self._insert("finding", findings)
+
+    # Reading
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self._get("identity")
+
+    @property
+    def details(self) -> dict[str, Any]:
+        rows = self._db.execute("SELECT key, value FROM meta WHERE key != 'identity'")
+        return {row["key"]: json.loads(row["value"]) for row in rows}
+
+    def clean(self, start: int = 0, count: int = -1) -> list[Clean]:
+        """The clean verdicts in data order, from position `start`."""
+        rows = self._db.execute(
+            "SELECT * FROM clean WHERE position >= ? ORDER BY position LIMIT ?", (start, count)
+        )
+        return [Clean(**row) for row in rows]
+
+    def done(self, start: int, attack: str) -> bool:
+        """Whether the window that begins at `start` has been attacked with `attack`."""
+        query = "SELECT 1 FROM unit WHERE start = ? AND attack = ?"
+        return self._db.execute(query, (start, attack)).fetchone() is not None
+
+    def samples(self) -> pd.DataFrame:
+        """One row a (sample, attack, eps), `SAMPLE_COLUMNS`, in the order of data, attacks and eps."""
+        return next(self._sample_frames(None), pd.DataFrame(columns=list(SAMPLE_COLUMNS)))
+
+    def sample_chunks(self, rows: int = 10_000) -> Iterator[pd.DataFrame]:
+        """`samples` in pieces, for tables that should not be held in memory whole."""
+        return self._sample_frames(rows)
+
+    def summary(self) -> pd.DataFrame:
+        """One row an (attack, eps) and one a (worst_case, eps); see `robust.statistics.summarize`."""
+        return summarize(self.samples(), self.seconds())
+
+    def seconds(self) -> dict[str, float]:
+        """Wall-clock seconds spent in each attack, its re-verification included."""
+        return dict(
+            map(tuple, self._db.execute("SELECT attack, sum(seconds) FROM unit GROUP BY attack").fetchall())
+        )
+
+    def twin_disagreements(self) -> tuple[int, int]:
+        """How many verdicts of the fast twin the model overturned: (refuted, overlooked)."""
+        row = self._db.execute("SELECT total(refuted), total(overlooked) FROM unit").fetchone()
+        return int(row[0]), int(row[1])
+
+    def pictures(self) -> list[Picture]:
+        """The attacked samples kept for the report, best first in each role."""
+        rows = self._db.execute("SELECT * FROM picture ORDER BY attack, role, rank, position")
+        return [_picture(row) for row in rows]
+
+    def adversarials(self) -> Iterator[tuple[Clean, str, np.ndarray, np.ndarray]]:
+        """(clean, attack, x, x_adv) of the verified successes, if the run saved them."""
+        rows = self._db.execute(
+            "SELECT clean.*, attack, shape, x, x_adv FROM adversarial JOIN clean USING (position) "
+            "ORDER BY position, attack"
+        )
+        for row in rows:
+            clean = Clean(**{field.name: row[field.name] for field in fields(Clean)})
+            yield clean, row["attack"], _unpack(row["x"], row["shape"]), _unpack(row["x_adv"], row["shape"])
+
+    def findings(self) -> list[Finding]:
+        return [Finding(**row) for row in self._db.execute("SELECT * FROM finding ORDER BY rowid")]
+
+    # Inside
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            # A full disk may have rolled the transaction back already.
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    def _put(self, **values: Any) -> None:
+        self._db.executemany(
+            "INSERT OR REPLACE INTO meta VALUES (?, ?)",
+            ((key, json.dumps(value)) for key, value in values.items()),
+        )
+
+    def _get(self, key: str) -> Any:
+        return json.loads(self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0])
+
+    def _insert(self, table: str, rows: Iterable[Any]) -> None:
+        for row in rows:
+            names = [field.name for field in fields(row)]
+            self._db.execute(
+                f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})",
+                [getattr(row, name) for name in names],
+            )
+
+    def _add_picture(self, picture: Picture) -> None:
+        """Keep the picture if it is among the first of its role, and drop the one it displaces."""
+        rivals = self._db.execute(
+            "SELECT rank, position FROM picture WHERE role = ? AND attack = ? ORDER BY rank, position",
+            (picture.role, picture.attack),
+        ).fetchall()
+        if len(rivals) >= PICTURES_KEPT[picture.role]:
+            last = rivals[-1]
+            if (picture.rank, picture.position) > (last["rank"], last["position"]):
+                return
+            self._db.execute(
+                "DELETE FROM picture WHERE role = ? AND attack = ? AND position = ?",
+                (picture.role, picture.attack, last["position"]),
+            )
+        values = {field.name: getattr(picture, field.name) for field in fields(Picture)}
+        values |= {"shape": _shape(picture.x), "x": _pack(picture.x), "x_adv": _pack(picture.x_adv)}
+        names = ", ".join(values)
+        self._db.execute(
+            f"INSERT INTO picture ({names}) VALUES ({', '.join('?' * len(values))})", list(values.values())
+        )
+
+    def _sample_frames(self, chunksize: int | None) -> Iterator[pd.DataFrame]:
+        options = self.identity["options"]
+        order = " ".join(f"WHEN ? THEN {rank}" for rank in range(len(options["attacks"])))
+        query = f"""
+            SELECT sample_id, label, clean_pred, clean_confidence, attack, ? AS norm, eps, success,
+                   clean_pred = label AND NOT success AS robust, adv_pred, adv_confidence, distance_linf,
+                   distance_l2, clean_pred = label AND NOT success_8bit AS robust_8bit, forwards, gradients,
+                   restart
+            FROM result JOIN clean USING (position) ORDER BY position, CASE attack {order} END, eps
+        """
+        frames = pd.read_sql_query(
+            query,
+            self._db,
+            params=[options["norm"], *options["attacks"]],
+            chunksize=chunksize,
+            dtype={
+                "success": bool, "robust": bool, "robust_8bit": bool, "adv_pred": "Int64", "restart": "Int64",
+                "adv_confidence": float, "distance_linf": float, "distance_l2": float,
+            },
+        )  # fmt: skip
+        return frames if chunksize else iter([frames])
+
+
+def _shape(x: np.ndarray) -> str:
+    return json.dumps(x.shape)
+
+
+def _pack(x: np.ndarray) -> bytes:
+    return zlib.compress(np.ascontiguousarray(x, np.float32).tobytes(), level=1)
+
+
+def _unpack(blob: bytes, shape: str) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(blob), np.float32).reshape(json.loads(shape))
+
+
+def _picture(row: sqlite3.Row) -> Picture:
+    values = {key: row[key] for key in row.keys()}
+    shape = values.pop("shape")
+    values |= {"x": _unpack(row["x"], shape), "x_adv": _unpack(row["x_adv"], shape)}
+    return Picture(**values)
+
+
+def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> Sequence[str]:
+    """What differs between two identities, a phrase each: 'option eps: 0.03 there, 0.05 here'."""
+    found = []
+    for section in sorted({*stored, *current}):
+        there, here = stored.get(section, {}), current.get(section, {})
+        for key in sorted({*there, *here}):
+            if there.get(key) != here.get(key):
+                found.append(f"{section} {key} ({there.get(key)} there, {here.get(key)} here)")
+    return found
