@@ -45,7 +45,7 @@ def summarize(samples: pd.DataFrame, seconds: Mapping[str, float]) -> pd.DataFra
     total = table.groupby("attack").evaluations.transform("sum").clip(lower=1)
     table["seconds"] = table.attack.map(dict(seconds)).fillna(0.0) * table.evaluations / total
     rows = [
-        _row(str(attack), str(norm), float(eps), group)  # type: ignore[arg-type]
+        _row(str(attack), str(norm), float(eps), group)
         for (attack, norm, eps), group in table.groupby(["attack", "norm", "eps"], sort=False)
     ]
     worst = table.groupby(["norm", "eps", "sample_id"], sort=False, as_index=False).agg(
@@ -59,7 +59,7 @@ def summarize(samples: pd.DataFrame, seconds: Mapping[str, float]) -> pd.DataFra
         seconds=("seconds", "sum"),
     )
     rows += [
-        _row(WORST_CASE, str(norm), float(eps), group)  # type: ignore[arg-type]
+        _row(WORST_CASE, str(norm), float(eps), group)
         for (norm, eps), group in worst.groupby(["norm", "eps"], sort=False)
     ]
     return pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))

@@ -11,7 +11,7 @@ import json
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -131,8 +131,9 @@ class Store:
     the command, the environment, the class names.
     """
 
-    def __init__(self, connection: sqlite3.Connection):
-        self._db = connection
+    def __init__(self, path: Path | None):
+        self._path = path
+        self._db = sqlite3.connect(path or ":memory:", isolation_level=None)
         self._db.row_factory = sqlite3.Row
 
     @classmethod
@@ -144,7 +145,7 @@ class Store:
                     f"{path.parent} already holds a run: continue it with --resume, or name another --output"
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
-        store = cls(sqlite3.connect(path or ":memory:", isolation_level=None))
+        store = cls(path)
         # In one transaction, so that a killed process leaves no half-made schema behind.
         store._db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         with store._transaction():
@@ -158,18 +159,35 @@ class Store:
         if not path.is_file():
             raise InputError(f"no run at {path}")
         try:
-            store = cls(sqlite3.connect(path, isolation_level=None))
+            store = cls(path)
             version = store._db.execute("PRAGMA user_version").fetchone()[0]
         except sqlite3.DatabaseError as error:
             raise InputError(f"{path} is not a run's store ({error}); name another --output") from None
         if version != SCHEMA_VERSION:
-            raise InputError(
-                f"{path} has schema version {version}; this version of robust reads {SCHEMA_VERSION}"
-            )
+            raise InputError(f"{path} has schema version {version}; this version of robust reads {SCHEMA_VERSION}")
         return store
 
     def close(self) -> None:
         self._db.close()
+
+    def copy_to(self, path: Path) -> None:
+        """Write the whole run to `path`, unless it lives there. InputError where another run does."""
+        if self._path is not None and path.exists() and path.samefile(self._path):
+            return
+        if path.exists():
+            raise InputError(f"{path.parent} already holds a run; name another folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path)) as target:
+            self._db.backup(target)
+
+    def discard_if_empty(self) -> None:
+        """Close, and remove a run in which no sample has been evaluated, with the folder if that is empty."""
+        empty = self._db.execute("SELECT 1 FROM clean").fetchone() is None
+        self.close()
+        if empty and self._path is not None:
+            self._path.unlink()
+            with suppress(OSError):  # other files are there
+                self._path.parent.rmdir()
 
     # Writing
 
@@ -206,9 +224,13 @@ class Store:
                 "INSERT INTO adversarial VALUES (?, ?, ?, ?, ?)",
                 ((position, attack, _shape(x), _pack(x), _pack(x_adv)) for position, x, x_adv in adversarials),
             )
-            self._db.execute(
-                "INSERT INTO unit VALUES (?, ?, ?, ?, ?)", (start, attack, seconds, refuted, overlooked)
-            )
+            self._db.execute("INSERT INTO unit VALUES (?, ?, ?, ?, ?)", (start, attack, seconds, refuted, overlooked))
+
+    def drop_attack(self, attack: str) -> None:
+        """Forget everything about an attack that could not be finished."""
+        with self._transaction():
+            for table in ("result", "unit", "picture", "adversarial"):
+                self._db.execute(f"DELETE FROM {table} WHERE attack = ?", (attack,))
 
     def set_findings(self, findings: Iterable[Finding]) -> None:
         with self._transaction():
@@ -228,15 +250,22 @@ class Store:
 
     def clean(self, start: int = 0, count: int = -1) -> list[Clean]:
         """The clean verdicts in data order, from position `start`."""
-        rows = self._db.execute(
-            "SELECT * FROM clean WHERE position >= ? ORDER BY position LIMIT ?", (start, count)
-        )
+        rows = self._db.execute("SELECT * FROM clean WHERE position >= ? ORDER BY position LIMIT ?", (start, count))
         return [Clean(**row) for row in rows]
 
     def done(self, start: int, attack: str) -> bool:
         """Whether the window that begins at `start` has been attacked with `attack`."""
         query = "SELECT 1 FROM unit WHERE start = ? AND attack = ?"
         return self._db.execute(query, (start, attack)).fetchone() is not None
+
+    def standing(self, start: int, count: int, attack: str) -> int:
+        """How many of `count` samples from `start` are right and withstood `attack` at the largest eps."""
+        query = """
+            SELECT count(*) FROM result JOIN clean USING (position)
+            WHERE position >= ? AND position < ? AND attack = ? AND clean_pred = label AND NOT success
+                AND eps = (SELECT max(eps) FROM result)
+        """
+        return self._db.execute(query, (start, start + count, attack)).fetchone()[0]
 
     def samples(self) -> pd.DataFrame:
         """One row a (sample, attack, eps), `SAMPLE_COLUMNS`, in the order of data, attacks and eps."""
@@ -252,9 +281,7 @@ class Store:
 
     def seconds(self) -> dict[str, float]:
         """Wall-clock seconds spent in each attack, its re-verification included."""
-        return dict(
-            map(tuple, self._db.execute("SELECT attack, sum(seconds) FROM unit GROUP BY attack").fetchall())
-        )
+        return dict(map(tuple, self._db.execute("SELECT attack, sum(seconds) FROM unit GROUP BY attack").fetchall()))
 
     def twin_disagreements(self) -> tuple[int, int]:
         """How many verdicts of the fast twin the model overturned: (refuted, overlooked)."""

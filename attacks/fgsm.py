@@ -1,0 +1,36 @@
+"""FGSM: one step of the full radius. Goodfellow, Shlens & Szegedy 2015, arXiv 1412.6572."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from attacks.attack import Attack, State
+from attacks.losses import cross_entropy
+from attacks.noise import Noise
+from attacks.norms import per_slot
+
+
+@dataclass(frozen=True, kw_only=True)
+class FGSM(Attack):
+    """x + eps * sign(grad of the cross-entropy), clipped to [0, 1]; in l2, the normalised gradient.
+
+    Costs 2 forwards and 1 gradient a sample.
+    """
+
+    name: ClassVar[str] = "fgsm"
+    source: ClassVar[str] = "arXiv 1412.6572"
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
+    queries: ClassVar[int] = 2
+
+    def init(self, x: Tensor, y: Tensor, eps: Tensor, noise: Noise) -> State:
+        return State(x, y, eps, query=x)
+
+    def loss(self, logits: Tensor, state: State) -> Tensor:
+        loss = cross_entropy(logits, state.y)
+        return -loss if self.targeted else loss
+
+    def step(self, state: State, logits: Tensor, grad: Tensor) -> State:  # type: ignore[override]
+        delta = self.ball.steepest_(grad).mul_(per_slot(state.eps, grad))
+        state.query = delta.add_(state.x).clamp_(0, 1)
+        return state

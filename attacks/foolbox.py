@@ -1,0 +1,185 @@
+"""Any attack of foolbox by the name of its class: "foolbox:LinfDeepFoolAttack".
+
+Foolbox runs whole batches and keeps no count, so this file wraps the model to count, drives the attack up the
+eps ladder, and hands back the same outcomes as the engine. What foolbox returns is as unverified as our own.
+
+Foolbox draws from torch's, numpy's and Python's global generators: they are seeded for each batch and put back
+as they were. Its noise is therefore keyed by batch, not by sample.
+"""
+
+import contextlib
+import inspect
+import random
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attacks.attack import Outcome, Task
+from attacks.norms import NORMS
+
+PREFIX = "foolbox:"
+OPTIONS = {"steps": "steps", "step_size": "rel_stepsize", "random_start": "random_start"}  # our names, theirs
+
+
+class AttackFailed(Exception):
+    """The attack itself raised; the message names it and says what."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoolboxAttack:
+    """One of foolbox's attacks, with foolbox's own defaults except for what `options` says."""
+
+    name: str  # with the prefix
+    norm: str
+    targeted: bool = False
+    restarts: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+
+    source: ClassVar[str] = "github.com/bethgelab/foolbox"
+
+    @classmethod
+    def of(cls, name: str, norm: str, targeted: bool, given: dict[str, Any]) -> "FoolboxAttack":
+        """The attack `name`, told those of the options `given` that it has; ValueError where it cannot run."""
+        takes = inspect.signature(foolbox_attacks()[name]).parameters
+        options = {theirs: given[ours] for ours, theirs in OPTIONS.items() if ours in given and theirs in takes}
+        attack = cls(name=name, norm=norm, targeted=targeted, restarts=given.get("restarts", 1), options=options)
+        try:
+            own = _norm_of(attack._make().distance)
+        except (TypeError, ImportError) as error:
+            raise ValueError(f"{name} cannot be used: {error}") from None
+        if own != norm:
+            raise ValueError(f"{name} measures its perturbations in {own}, not in {norm}")
+        return attack
+
+    def _make(self) -> Any:
+        kind = foolbox_attacks()[self.name]
+        takes = inspect.signature(kind).parameters
+        distance = {"distance": _distance(self.norm)} if "distance" in takes else {}
+        return kind(**self.options, **distance)
+
+    def run(
+        self, model: nn.Module, tasks: Iterable[Task], eps: Sequence[float], *, slots: int, seed: int
+    ) -> Iterator[Outcome]:
+        """Like `attacks.engine.run`. AttackFailed where foolbox raises."""
+        queue = iter(tasks)
+        while batch := list(islice(queue, slots)):
+            with _seeded(seed), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    yield from self._attack(model, batch, eps)
+                except Exception as error:
+                    raise AttackFailed(f"{self.name} raised {type(error).__name__}: {error}") from error
+
+    def _attack(self, model: nn.Module, batch: Sequence[Task], eps: Sequence[float]) -> list[Outcome]:
+        from foolbox import Misclassification, PyTorchModel, TargetedMisclassification
+        from foolbox.attacks.base import MinimizationAttack
+
+        x = torch.stack([task.x for task in batch])
+        y = torch.tensor([task.y for task in batch], device=x.device)
+        criterion = TargetedMisclassification if self.targeted else Misclassification
+        counted = _Counted(model)
+        judge = PyTorchModel(counted.eval(), bounds=(0, 1), device=x.device)
+        attack = self._make()
+        if self.restarts > 1:
+            attack = attack.repeat(self.restarts)
+        # The minimal distance answers for every eps at once; a fixed eps is tried on what still stands.
+        minimal = issubclass(foolbox_attacks()[self.name], MinimizationAttack)
+        x_adv = x.clone()
+        rung = torch.full((len(batch),), -1)
+        forwards = np.zeros((len(batch), len(eps)), int)
+        gradients = np.zeros((len(batch), len(eps)), int)
+        for k in [len(eps) - 1] if minimal else range(len(eps)):
+            standing = torch.nonzero(rung < 0).squeeze(1)
+            if len(standing) == 0:
+                break
+            rows = standing.to(x.device)
+            counted.forwards = counted.gradients = 0
+            found, clipped, success = attack(judge, x[rows], criterion(y[rows]), epsilons=None if minimal else eps[k])
+            x_adv[rows] = (found if minimal else clipped).detach()
+            forwards[standing, 0 if minimal else k] = _share(counted.forwards, len(rows))
+            gradients[standing, 0 if minimal else k] = _share(counted.gradients, len(rows))
+            if minimal:
+                distance = NORMS[self.norm].distance(x_adv - x).cpu()
+                first = torch.searchsorted(torch.tensor(eps), distance - 1e-6)
+                reached = success.cpu() & (first < len(eps))
+                rung = torch.where(reached, first, rung)
+            else:
+                rung[standing[success.cpu()]] = k
+        return [
+            Outcome(
+                position=task.position,
+                x_adv=x_adv[row],
+                rung=int(rung[row]) if rung[row] >= 0 else None,
+                restart=0 if rung[row] >= 0 else None,
+                forwards=tuple(forwards[row].tolist()),
+                gradients=tuple(gradients[row].tolist()),
+            )
+            for row, task in enumerate(batch)
+        ]
+
+
+def foolbox_attacks() -> dict[str, Any]:
+    """Foolbox's attack classes by prefixed name: those whose perturbation a norm bounds."""
+    import foolbox.attacks as catalogue
+    from foolbox.attacks.base import AttackWithDistance
+
+    classes = {name: value for name, value in vars(catalogue).items() if inspect.isclass(value)}
+    return {
+        PREFIX + name: value
+        for name, value in sorted(classes.items())
+        if issubclass(value, AttackWithDistance) and not inspect.isabstract(value)
+    }
+
+
+def _norm_of(distance: Any) -> str:
+    return f"l{distance.p:g}"  # p is 0, 1, 2 or inf
+
+
+def _distance(norm: str) -> Any:
+    from foolbox import distances
+
+    return getattr(distances, norm)
+
+
+class _Counted(nn.Module):
+    """The model, counting the rows it evaluates and the gradients taken with respect to its input."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.forwards = 0
+        self.gradients = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += len(x)
+        if x.requires_grad:
+            x.register_hook(self._count_gradient)
+        return self.model(x)
+
+    def _count_gradient(self, grad: Tensor) -> None:
+        self.gradients += len(grad)
+
+
+def _share(total: int, n: int) -> np.ndarray:
+    """`total` evaluations shared out over n samples, so that they add up exactly."""
+    return total // n + (np.arange(n) < total % n)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)

@@ -1,0 +1,23 @@
+"""Uniform noise: the control. What an attack finds beyond it is owed to the gradient and not to the size."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from attacks.attack import Attack, State
+from attacks.noise import Noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformNoise(Attack):
+    """One point drawn uniformly from the ball (`restarts` of them), clipped to [0, 1]. Costs 1 forward each."""
+
+    name: ClassVar[str] = "noise"
+    source: ClassVar[str] = "control"
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
+    needs_grad: ClassVar[bool] = False
+    queries: ClassVar[int] = 1
+
+    def init(self, x: Tensor, y: Tensor, eps: Tensor, noise: Noise) -> State:
+        return State(x, y, eps, query=self.ball.random(noise, eps).add_(x).clamp_(0, 1))

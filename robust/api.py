@@ -1,0 +1,266 @@
+"""`robust.run`: a whole evaluation from Python; and `execute`, which the command line shares with it."""
+
+import platform
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from reports import write_reports
+from reports.answer import answer
+from robust.data import load_data
+from robust.data.batches import from_batches
+from robust.data.sample import Dataset, Sample
+from robust.errors import InputError
+from robust.harness import Listener, Plan, evaluate, pick_device, plan
+from robust.models import load_model
+from robust.models.model import Model, fingerprint
+from robust.models.prepare import frozen
+from robust.options import DEFAULT_ATTACKS, Options
+from robust.store import FILENAME, Finding, Store, differences
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. Its tables are pandas DataFrames."""
+
+    store: Store
+
+    @property
+    def samples(self) -> pd.DataFrame:
+        """One row a (sample, attack, norm, eps); the columns are `robust.store.SAMPLE_COLUMNS`."""
+        return self.store.samples()
+
+    @property
+    def summary(self) -> pd.DataFrame:
+        """One row an (attack, norm, eps) and one for the worst case; see `robust.statistics.summarize`."""
+        return self.store.summary()
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Reasons to believe the numbers, or not to."""
+        return self.store.findings()
+
+    @property
+    def answer(self) -> str:
+        """The result in one sentence."""
+        return answer(self.store)
+
+    def write(self, output: str | Path) -> Path:
+        """Write the run directory, store and all reports, to `output`, and return it."""
+        output = Path(output)
+        self.store.copy_to(output / FILENAME)
+        write_reports(self.store, output)
+        return output
+
+
+def run(
+    model: nn.Module | Model | str,
+    data: Iterable[Any] | str = "samples",
+    attacks: Sequence[str] = DEFAULT_ATTACKS,
+    norm: str = "linf",
+    eps: float | Sequence[float] | None = None,
+    steps: int | None = None,
+    *,
+    step_size: float | None = None,
+    restarts: int = 1,
+    random_start: bool = True,
+    target: str | int | None = None,
+    batch_size: int = 64,
+    limit: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    class_names: Sequence[str] | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    save_adversarials: bool = False,
+) -> Run:
+    """Attack `model` on `data` and report its accuracy under perturbation.
+
+    model: any nn.Module from pixels (N, C, H, W) in [0, 1] to logits (N, K), its normalisation inside; or a
+        spec as on the command line, such as "resnet50". It is evaluated in eval mode and left as it was.
+    data: any iterable of (x, y), batches or single samples, x float32 in [0, 1]; or a spec such as "samples".
+    attacks: names out of `attacks.names()`, each once.
+    norm: "linf" or "l2".
+    eps: radii in pixel units, such as 8 / 255; one or several, which cost little more than one. None for
+        some that suit the images.
+    steps, step_size, random_start: of iterative attacks; None for the attack's own. step_size is a fraction of
+        eps.
+    restarts: runs from different random starts, on the samples still standing.
+    target: a class name or index to reach, instead of any wrong class; its own samples are left out.
+    batch_size: rows evaluated at once, at most.
+    limit: with a data spec, a class-balanced subset of that many images drawn from `seed`.
+    device: such as "cuda"; None for where the model is.
+    output: a run directory to write (store and reports); None keeps the run in memory. With `resume`, one that
+        was interrupted is continued.
+
+    Raises InputError, whose message is one line, for anything wrong with the arguments.
+    """
+    options = Options(
+        attacks=tuple(attacks),
+        norm=norm,
+        eps=() if eps is None else (float(eps),) if isinstance(eps, int | float) else tuple(map(float, eps)),
+        steps=steps,
+        step_size=step_size,
+        restarts=restarts,
+        random_start=random_start,
+        target=None if target is None else str(target),
+        batch_size=batch_size,
+        limit=limit,
+        seed=seed,
+        device=device or ("auto" if isinstance(model, str) else _device_of(model)),
+        save_adversarials=save_adversarials,
+    )
+    if isinstance(model, str):
+        model = load_model(model)
+    if isinstance(data, str):
+        if isinstance(model, nn.Module):
+            raise InputError("a data spec needs a model spec that knows its classes; pass batches of (x, y)")
+        dataset = load_data(data, model, limit=limit, seed=seed)
+    elif limit is not None:
+        raise InputError("limit needs a data spec; shorten the iterable instead")
+    else:
+        dataset = from_batches(data)
+    if isinstance(model, nn.Module):
+        first, dataset = _peek(dataset)
+        model = _wrap(model, first, class_names)
+    done = execute(model, dataset, options, Path(output) if output else None, resume)
+    if output is not None:
+        write_reports(done.store, Path(output))
+    return done
+
+
+def execute(
+    model: Model,
+    data: Dataset,
+    options: Options,
+    output: Path | None = None,
+    resume: bool = False,
+    command: str | None = None,
+    listener: Listener = lambda attack, n, robust: None,
+) -> Run:
+    """Evaluate into a new run at `output` (None: in memory), or continue the one there with `resume`.
+
+    InputError where `output` holds a run that is not to be resumed, or that differs in model, data or options.
+    """
+    first, data = _peek(data)
+    options = options.suited_to(first.x.shape, str(pick_device(options.device)))
+    class_names = model.class_names or data.class_names
+    planned = plan(options, model, class_names)
+    identity = {
+        "model": {
+            "name": model.name,
+            "source": model.source,
+            "fingerprint": model.fingerprint,
+            "num_classes": model.num_classes,
+            "input_size": list(first.x.shape),
+        },
+        "data": {"name": data.name, "size": data.size},
+        "options": options.as_dict(),
+    }
+    details = {
+        "command": command,
+        "environment": _environment(planned),
+        "class_names": list(class_names) if class_names else None,
+        "attacks": [_describe(attack) for attack in planned.attacks],
+        "started": _now(),
+    }
+    store = _open_store(output, resume, identity, details)
+    try:
+        evaluate(model, data, options, planned, store, listener)
+    except InputError:
+        store.discard_if_empty()
+        raise
+    store.set(finished=_now())
+    return Run(store)
+
+
+def _open_store(output: Path | None, resume: bool, identity: dict[str, Any], details: dict[str, Any]) -> Store:
+    path = None if output is None else output / FILENAME
+    if resume and path is not None and path.exists():
+        store = Store.open(path)
+        if differ := differences(store.identity, identity):
+            raise InputError(
+                f"{output} holds another run: it differs in {'; '.join(differ)}; "
+                "repeat the options it was begun with, or name another --output"
+            )
+        return store
+    return Store.create(path, identity, details)
+
+
+def _peek(data: Dataset) -> tuple[Sample, Dataset]:
+    """The first sample, and the data with it, to be read once. InputError where there is none."""
+    samples = iter(data)
+    first = next(samples, None)
+    if first is None:
+        raise InputError(f"no image to evaluate in {data.name}")
+    return first, _ReadOnce(data, chain([first], samples))
+
+
+@dataclass(frozen=True)
+class _ReadOnce:
+    """A data set whose reading has begun."""
+
+    data: Dataset
+    samples: Iterator[Sample]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.data, name)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self.samples
+
+
+def _wrap(module: nn.Module, first: Sample, class_names: Sequence[str] | None) -> Model:
+    """A user's module as a Model; its first output says how many classes it has."""
+    device = _device_of(module)
+    with frozen(module), torch.no_grad():
+        logits = module(first.x[None].to(device))
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != 1:
+        raise InputError("the model's output must be logits of shape (N, classes), one row an image")
+    return Model(
+        name=type(module).__name__,
+        source="a module in memory",
+        module=module,
+        num_classes=logits.shape[1],
+        class_names=tuple(class_names) if class_names else None,
+        fingerprint=fingerprint(module),
+        was_training=module.training,
+    )
+
+
+def _device_of(model: nn.Module | Model) -> str:
+    module = model.module if isinstance(model, Model) else model
+    return str(next(chain(module.parameters(), module.buffers()), torch.empty(0)).device)
+
+
+def _describe(attack: Any) -> dict[str, Any]:
+    parameters = dict(vars(attack))
+    name = parameters.pop("name", None) or attack.name
+    described = (type(attack).__doc__ or "").split("\n")[0].replace("`", "")
+    return {"name": name, "description": described, "source": attack.source, "parameters": parameters}
+
+
+def _environment(planned: Plan) -> dict[str, str]:
+    device = planned.device
+    cuda = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    packages = ("robust", "torch", "torchvision", "timm", "foolbox", "numpy")
+    return {
+        **{name: version(name) for name in packages},
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "device": f"{device}{cuda}",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,179 @@
+"""Can the numbers be believed? What is checked before the attacks, and what the tables themselves give away.
+
+The checks are those of Carlini et al. 2019 (arXiv 1902.06705) and of what users of such tools most often got
+wrong: see each one's comment. `preflight` looks at the model; `review` needs only a finished store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from robust.statistics import WORST_CASE, wilson
+from robust.store import Finding, Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from robust.models.model import Model
+
+CONTROL = "noise"
+FEW_SAMPLES = 100
+FEW_STEPS = 10
+
+
+def preflight(model: Model, x: Tensor) -> list[Finding]:
+    """Findings on the model itself, on a few images x (N, C, H, W)."""
+    return list(_preflight(model, x))
+
+
+def _preflight(model: Model, x: Tensor) -> Iterator[Finding]:
+    import torch
+
+    def check(name: str, good: bool, passed: str, message: str, level: str = "warn") -> Finding:
+        return Finding(name, "pass", passed) if good else Finding(name, level, message)
+
+    module = model.module
+    with torch.no_grad():
+        logits, again, alone = module(x), module(x), module(x[:1])
+    scale = float(logits.abs().max()) + 1e-12
+
+    yield check(
+        "eval mode",
+        not model.was_training,
+        "the model came in eval mode",
+        "the model came in training mode; it was evaluated in eval mode, where batch-norm and dropout are fixed",
+    )
+    spread = float((logits - again).abs().max()) / scale
+    yield check(
+        "deterministic",
+        spread < 1e-5,
+        "two passes over the same images agree",
+        f"two passes over the same images differ by {spread:.1e} of the largest logit: the model is randomised, "
+        "and verdicts from single draws overstate the attack",
+    )
+    apart = float((logits[:1] - alone).abs().max()) / scale
+    yield check(
+        "rows independent",
+        apart < 1e-3 or spread >= 1e-5,
+        "an image's logits do not depend on its batch",
+        f"an image's logits change by {apart:.1e} of the largest with its batch; the model mixes rows "
+        "(batch statistics?), so no verdict belongs to one image",
+        level="fail",
+    )
+    # A softmax inside the model saturates, and its gradients with it.
+    sums = logits.sum(1)
+    yield check(
+        "logits",
+        not (bool((logits >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())),
+        "the model returns logits",
+        "the model's rows are non-negative and sum to 1: probabilities, not logits; drop its softmax, "
+        "for gradients vanish through it",
+    )
+    with torch.enable_grad():
+        query = x.detach().clone().requires_grad_()
+        out = module(query)
+        if out.requires_grad:
+            loss = torch.nn.functional.cross_entropy(out, out.argmax(1), reduction="sum")
+            (grad,) = torch.autograd.grad(loss, query, allow_unused=True)
+        else:
+            grad = None
+    dead = len(x) if grad is None else int((grad.flatten(1).abs().amax(1) == 0).sum())
+    yield check(
+        "gradients",
+        dead == 0,
+        "every image has a gradient that is not zero",
+        f"the gradient is zero on {dead} of {len(x)} images: gradient attacks are blind there, and what "
+        "stands may stand for that reason only",
+        level="fail" if dead == len(x) else "warn",
+    )
+
+
+def review(store: Store) -> list[Finding]:
+    """Every finding on a run: those of the preflight, and what its tables say."""
+    stored = [Finding(**row) for row in store.details.get("preflight", [])]
+    return [*stored, *_review(store)]
+
+
+def _review(store: Store) -> Iterator[Finding]:
+    details, identity = store.details, store.identity
+    for name, message in details.get("failed_attacks", {}).items():
+        yield Finding(f"attack {name}", "fail", f"{message}; the other attacks went on without it")
+    if skipped := details.get("skipped_images"):
+        yield Finding("images read", "warn", f"{len(skipped)} unreadable images were left out, the first {skipped[0]}")
+    summary = store.summary()
+    if summary.empty:
+        return
+    worst = summary[summary.attack == WORST_CASE]
+    n, clean = int(worst.n.iloc[0]), float(worst.clean_accuracy.iloc[0])
+
+    # Wrong labels, a missing normalisation or another resizing show first on the clean images.
+    classes = identity["model"]["num_classes"]
+    _, high = wilson(round(clean * n), n)
+    guess = 1 / classes
+    yield (
+        Finding("clean accuracy", "fail", f"the model is right on {clean:.1%} of clean images, no better than "
+                f"guessing among {classes} classes ({guess:.1%}): labels or preprocessing are probably wrong")
+        if high <= guess or clean <= guess
+        else Finding("clean accuracy", "pass", f"{clean:.1%} on clean images, above guessing ({guess:.1%})")
+    )  # fmt: skip
+    width = float((worst.ci_high - worst.ci_low).max())
+    yield (
+        Finding("sample size", "warn", f"only {n} images: the 95 % interval is up to {100 * width:.0f} points wide")
+        if n < FEW_SAMPLES
+        else Finding("sample size", "pass", f"{n} images: the 95 % interval is at most {100 * width:.0f} points wide")
+    )  # fmt: skip
+    yield _strength(identity["options"], set(summary.attack) - {WORST_CASE})
+    yield from _comparisons(summary)
+    refuted, overlooked = store.twin_disagreements()
+    yield Finding(
+        "re-verification",
+        "pass" if refuted + overlooked <= max(1, n // 100) else "warn",
+        "every adversarial was confirmed by a fresh pass of the model itself"
+        + (f"; {refuted} claims of the fast path were refuted and attacked anew" if refuted else "")
+        + (f"; {overlooked} that it had overlooked were found" if overlooked else ""),
+    )
+
+
+def _strength(options: dict, attacks: set[str]) -> Finding:
+    steps = options.get("steps") or 40
+    iterative = sorted(attacks - {CONTROL, "fgsm"})
+    if not iterative:
+        return Finding("attack strength", "warn", "no iterative attack ran: an upper bound only; add --attack pgd")
+    if steps < FEW_STEPS and "pgd" in iterative:
+        return Finding("attack strength", "warn", f"{steps} steps are few; robust accuracy at 40 is likely lower")
+    return Finding("attack strength", "pass", f"{', '.join(iterative)} searched beyond the first step")
+
+
+def _comparisons(summary: pd.DataFrame) -> Iterator[Finding]:
+    table = summary.pivot(index="eps", columns="attack", values="robust_accuracy")
+    n = int(summary.n.iloc[0])
+    one = 1.5 / n  # a difference of one image is no evidence
+    gradient = [name for name in table.columns if name not in (CONTROL, WORST_CASE)]
+    if CONTROL in table and gradient:
+        beaten = (table[gradient].min(axis=1) - table[CONTROL]).max()
+        yield (
+            Finding("noise control", "pass", "random noise of the same size breaks no more than the attacks do")
+            if beaten < one
+            else Finding("noise control", "fail", f"random noise breaks {beaten:.1%} more images than the gradient "
+                         "attacks: their gradients are masked or broken (arXiv 1802.00420)")
+        )  # fmt: skip
+    if "fgsm" in table and "pgd" in table:
+        behind = (table["pgd"] - table["fgsm"]).max()
+        yield (
+            Finding("more steps", "pass", "PGD's many steps break at least as many images as FGSM's one")
+            if behind < one
+            else Finding("more steps", "warn", f"one step (FGSM) breaks {behind:.1%} more images than PGD's many: "
+                         "a sign of masked gradients (arXiv 1802.00420)")
+        )  # fmt: skip
+    worst = table[WORST_CASE]
+    clean = float(summary.clean_accuracy.iloc[0])
+    fell = clean - float(worst.iloc[-1])
+    yield (
+        Finding("falls with eps", "pass", f"accuracy falls by {100 * fell:.1f} points up to the largest eps")
+        if fell > 0 or clean == 0
+        else Finding("falls with eps", "warn", "no image fell at any eps: the eps are too small to tell, or the "
+                     "attacks do not work on this model")
+    )  # fmt: skip

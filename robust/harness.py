@@ -1,0 +1,457 @@
+"""From a model, data and options to verified verdicts in a store.
+
+The data streams through in windows. For each window: the clean pass, then each attack on the samples that the
+model gets right, then re-verification of everything the attack claims, on the user's own module. Attacks run on
+a faster twin of it; a claim that the module does not confirm goes back to be attacked on the module itself.
+"""
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from operator import add
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+import attacks
+from attacks.noise import sample_key
+from attacks.norms import NORMS, per_slot
+from robust.data.sample import Dataset, Sample
+from robust.diagnostics import CONTROL, preflight, review
+from robust.errors import InputError, unknown
+from robust.models.model import Model
+from robust.models.prepare import fast_twin, frozen
+from robust.options import Options
+from robust.store import Clean, Picture, Result, Store
+
+# What rounding in float32 may add to a distance that was projected onto eps.
+TOLERANCE = 1e-6
+
+PREFLIGHT_IMAGES = 16
+
+AnyAttack = attacks.Attack | attacks.FoolboxAttack
+
+
+class Listener(Protocol):
+    """Is told of samples as they are done: n of them, of which `robust` stand at the largest eps."""
+
+    def __call__(self, attack: str, n: int, robust: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The attacks of a run, ready to go."""
+
+    attacks: tuple[AnyAttack, ...]
+    target: int | None  # class index
+    device: torch.device
+
+
+def plan(options: Options, model: Model, class_names: Sequence[str] | None) -> Plan:
+    """Options made concrete for the model; InputError for names that it or this project does not know."""
+    made = []
+    for name in options.attacks:
+        try:
+            made.append(
+                attacks.make(
+                    name,
+                    options.norm,
+                    options.target is not None,
+                    steps=options.steps,
+                    step_size=options.step_size,
+                    restarts=options.restarts,
+                    random_start=options.random_start,
+                )
+            )
+        except KeyError:
+            raise unknown("attack", name, attacks.names()) from None
+        except ValueError as error:
+            raise InputError(str(error)) from None
+    target = None if options.target is None else class_index(options.target, model.num_classes, class_names)
+    return Plan(tuple(made), target, pick_device(options.device))
+
+
+def class_index(name: str, num_classes: int, class_names: Sequence[str] | None) -> int:
+    """The index of a class given by name (any case) or by number."""
+    if name.isdecimal() and int(name) < num_classes:
+        return int(name)
+    folded = [known.lower() for known in class_names or ()]
+    matches = [index for index, known in enumerate(folded) if known == name.lower()]
+    if len(matches) > 1:
+        raise InputError(f"class {name!r} is the name of classes {matches}; give the number")
+    if not matches:
+        raise unknown("class", name, class_names or [f"0 .. {num_classes - 1}"])
+    return matches[0]
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {name!r} cannot be used ({reason}); try --device cpu") from None
+    return device
+
+
+def evaluate(
+    model: Model,
+    data: Dataset,
+    options: Options,
+    plan: Plan,
+    store: Store,
+    listener: Listener = lambda attack, n, robust: None,
+) -> None:
+    """Do what is not in the store yet, and record the findings.
+
+    InputError where the data are not those of the store, or the model's output is no classifier's.
+    """
+    module = model.module.to(plan.device)
+    with frozen(module), _deterministic():
+        job: _Job | None = None
+        failed: dict[str, str] = {}
+        for start, window in _windows(data, plan.target, options.batch_size, plan.device):
+            x = torch.stack([sample.x for sample in window]).to(plan.device)
+            if job is None:
+                job = _Job.prepare(model, x, options, plan, store)
+            clean = job.clean_window(start, window, x)
+            for attack in plan.attacks:
+                if attack.name in failed:
+                    continue
+                try:
+                    job.attack_window(attack, start, clean, x, listener)
+                except attacks.AttackFailed as error:
+                    # Half a data set under one attack is no result.
+                    failed[attack.name] = str(error)
+                    store.drop_attack(attack.name)
+        if job is None:
+            raise InputError("no image to evaluate: the data are empty")
+    store.set(data_fingerprint=_fingerprint(store), skipped_images=data.skipped, failed_attacks=failed)
+    store.set_findings(review(store))
+
+
+@dataclass(frozen=True)
+class _Verified:
+    """An attack's claim about one sample, after a fresh forward pass on the model itself."""
+
+    outcome: attacks.Outcome
+    x_adv: Tensor
+    fooled: bool  # verified: inside the ball and the box, and the model errs (or hits the target)
+    fooled_8bit: tuple[bool, ...]  # for each eps: whether a version of it in 8 bits a channel does
+    pred: int
+    confidence: float
+    distance_linf: float
+    distance_l2: float
+
+    def distance(self, norm: str) -> float:
+        return self.distance_linf if norm == "linf" else self.distance_l2
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every window of a run shares."""
+
+    model: Model
+    twin: nn.Module
+    options: Options
+    plan: Plan
+    store: Store
+
+    @classmethod
+    def prepare(cls, model: Model, x: Tensor, options: Options, plan: Plan, store: Store) -> "_Job":
+        """Look the model over and make its fast twin, on the first few images x."""
+        few = x[:PREFLIGHT_IMAGES]
+        _logits(model.module, few, model.num_classes)
+        twin, description = fast_twin(model.module, few)
+        store.set(twin=description, preflight=[asdict(finding) for finding in preflight(model, few)])
+        return cls(model, twin, options, plan, store)
+
+    def clean_window(self, start: int, window: Sequence[Sample], x: Tensor) -> list[Clean]:
+        """The verdicts on the unchanged images, from the store where it has them."""
+        stored = self.store.clean(start, len(window))
+        if stored:
+            for row, sample in zip(stored, window, strict=True):
+                if (row.sample_id, row.sha256, row.label) != (sample.id, sample.sha256, sample.y):
+                    raise InputError(
+                        f"the data have changed since the run began: {sample.id} is not the {row.sample_id} "
+                        "evaluated then; start anew with another --output"
+                    )
+            return stored
+        for sample in window:
+            if not 0 <= sample.y < self.model.num_classes:
+                raise InputError(
+                    f"label {sample.y} of {sample.id} is none of the model's {self.model.num_classes} classes"
+                )
+        pred, confidence = self._predict(x)
+        rows = [
+            Clean(start + k, sample.id, sample.sha256, sample.y, int(pred[k]), float(confidence[k]))
+            for k, sample in enumerate(window)
+        ]
+        self.store.add_clean(rows)
+        return rows
+
+    def attack_window(
+        self, attack: AnyAttack, start: int, clean: Sequence[Clean], x: Tensor, listener: Listener
+    ) -> None:
+        """Attack the samples that the model gets right, verify every claim, and store the unit."""
+        if self.store.done(start, attack.name):
+            listener(attack.name, len(clean), self.store.standing(start, len(clean), attack.name))
+            return
+        began = time.perf_counter()
+        right = [row for row in clean if row.clean_pred == row.label]
+        listener(attack.name, len(clean) - len(right), 0)
+        tasks = {
+            row.position: attacks.Task(
+                row.position,
+                sample_key(row.sample_id),
+                x[row.position - start],
+                row.label if self.plan.target is None else self.plan.target,
+            )
+            for row in right
+        }
+        claims = self._run(self.twin, attack, list(tasks.values()), listener)
+        verified = self._verify(attack, claims, tasks)
+        refuted = [v.outcome for v in verified if v.outcome.rung is not None and not v.fooled]
+        overlooked = sum(v.outcome.rung is None and v.fooled for v in verified)
+        if refuted:
+            again = self._run(self.model.module, attack, [tasks[claim.position] for claim in refuted])
+            counted = [_with_counts(new, old) for new, old in zip(again, refuted, strict=True)]
+            by_position = {v.outcome.position: v for v in (*verified, *self._verify(attack, counted, tasks))}
+            verified = [by_position[row.position] for row in right]
+        by_position = {v.outcome.position: v for v in verified}
+        seconds = time.perf_counter() - began
+        self.store.add_unit(
+            start,
+            attack.name,
+            seconds,
+            results=[
+                result for row in clean for result in self._results(row, attack.name, by_position.get(row.position))
+            ],
+            pictures=[
+                picture
+                for row in right
+                if attack.name != CONTROL
+                for picture in self._pictures(row, attack.name, by_position[row.position], x[row.position - start])
+            ],
+            adversarials=[
+                (v.outcome.position, tasks[v.outcome.position].x.cpu().numpy(), v.x_adv.cpu().numpy())
+                for v in verified
+                if v.fooled and self.options.save_adversarials
+            ],
+            refuted=len(refuted),
+            overlooked=overlooked,
+        )
+
+    def _run(
+        self,
+        module: nn.Module,
+        attack: AnyAttack,
+        tasks: Sequence[attacks.Task],
+        listener: Listener | None = None,
+    ) -> list[attacks.Outcome]:
+        """The outcomes in the order of the tasks, so that what follows does not depend on who broke first."""
+        outcomes = {}
+        for outcome in attacks.run(
+            module, attack, tasks, self.options.eps, slots=self.options.batch_size, seed=self.options.seed
+        ):
+            outcomes[outcome.position] = outcome
+            if listener is not None:
+                listener(attack.name, 1, int(outcome.rung is None))
+        return [outcomes[task.position] for task in tasks]
+
+    def _verify(
+        self, attack: AnyAttack, claims: Sequence[attacks.Outcome], tasks: Mapping[int, attacks.Task]
+    ) -> list[_Verified]:
+        """Every claim and every last point of a sample that stood, judged afresh by the model itself."""
+        if not claims:
+            return []
+        x = torch.stack([tasks[claim.position].x for claim in claims])
+        y = torch.tensor([tasks[claim.position].y for claim in claims], device=x.device)
+        x_adv = torch.stack([claim.x_adv for claim in claims])
+        pred, confidence = self._predict(x_adv)
+        delta = (x_adv.double() - x.double()).flatten(1)
+        linf, l2 = delta.abs().amax(1), delta.norm(dim=1)
+        distance = linf if self.options.norm == "linf" else l2
+        in_box = (x_adv.flatten(1).amin(1) >= 0) & (x_adv.flatten(1).amax(1) <= 1)
+        limit = torch.tensor([self.options.eps[-1 if c.rung is None else c.rung] for c in claims]).to(distance)
+        inside = in_box & (distance <= limit + TOLERANCE)
+        if not bool(inside.all()) and not isinstance(attack, attacks.FoolboxAttack):
+            worst = int((distance - limit).argmax())
+            raise RuntimeError(
+                f"{attack.name} left the ball or the box on sample {claims[worst].position}: "
+                f"{self.options.norm} distance {distance[worst]:.9g}, eps {limit[worst]:.9g}; this is a bug"
+            )
+        fooled = self._fools(pred, y) & inside
+        fooled_8bit = self._survive_8bit(x, y, x_adv, distance, fooled)
+        return [
+            _Verified(
+                claim, x_adv[k], bool(fooled[k]), tuple(fooled_8bit[k].tolist()), int(pred[k]),
+                float(confidence[k]), float(linf[k]), float(l2[k]),
+            )
+            for k, claim in enumerate(claims)
+        ]  # fmt: skip
+
+    def _survive_8bit(self, x: Tensor, y: Tensor, x_adv: Tensor, distance: Tensor, fooled: Tensor) -> Tensor:
+        """(N, len(eps)) bool: whether an 8-bit image within eps, made from the adversarial, fools the model.
+
+        At the eps where the adversarial was found it is that image rounded; at a larger eps, as long as no
+        smaller one has survived, the same perturbation scaled up to that eps and rounded.
+        """
+        eps = self.options.eps
+        survives = torch.zeros(len(x), len(eps), dtype=torch.bool)
+        first = torch.searchsorted(torch.tensor(eps, dtype=torch.float64), distance.cpu() - TOLERANCE)
+        for k, radius in enumerate(eps):
+            if k:
+                survives[:, k] = survives[:, k - 1]
+            rows = torch.nonzero(fooled.cpu() & (first <= k) & ~survives[:, k]).squeeze(1)
+            if len(rows) == 0:
+                continue
+            there = rows.to(x.device)
+            scale = torch.tensor([radius / eps[int(first[row])] for row in rows], device=x.device)
+            scaled = x[there] + per_slot(scale, x) * (x_adv[there] - x[there])
+            rounded = round_to_8bit(x[there], scaled.clamp_(0, 1), radius, self.options.norm)
+            pred, _ = self._predict(rounded)
+            inside = NORMS[self.options.norm].distance(rounded - x[there]) <= radius + TOLERANCE
+            survives[rows, k] = (self._fools(pred, y[there]) & inside).cpu()
+        return survives
+
+    def _fools(self, pred: Tensor, y: Tensor) -> Tensor:
+        return pred != y if self.plan.target is None else pred == y
+
+    def _predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,) predictions of the model itself and their softmax confidences."""
+        parts = [_logits(self.model.module, part, self.model.num_classes) for part in x.split(self.options.batch_size)]
+        logits = torch.cat(parts)
+        # Confidences may tie at 1.0 in float32 where logits do not.
+        return logits.argmax(1), logits.softmax(1).amax(1)
+
+    def _results(self, row: Clean, attack: str, verified: _Verified | None) -> Iterator[Result]:
+        for k, eps in enumerate(self.options.eps):
+            success = (
+                verified is not None and verified.fooled and verified.distance(self.options.norm) <= eps + TOLERANCE
+            )
+            found = verified if success else None
+            yield Result(
+                position=row.position,
+                attack=attack,
+                eps=eps,
+                success=success,
+                success_8bit=verified is not None and verified.fooled_8bit[k],
+                adv_pred=found.pred if found else None,
+                adv_confidence=found.confidence if found else None,
+                distance_linf=found.distance_linf if found else None,
+                distance_l2=found.distance_l2 if found else None,
+                forwards=verified.outcome.forwards[k] if verified else 0,
+                gradients=verified.outcome.gradients[k] if verified else 0,
+                restart=found.outcome.restart if found else None,
+            )
+
+    def _pictures(self, row: Clean, attack: str, verified: _Verified, x: Tensor) -> Iterator[Picture]:
+        chance = sample_key(row.sample_id) / 2**64  # a rank drawn for the sample, whatever its company
+        roles = (
+            {"smallest": verified.distance_l2, "typical": chance, "confident": -verified.confidence}
+            if verified.fooled
+            else {"withstood": chance}
+        )
+        eps = self.options.eps
+        distance = verified.distance(self.options.norm)
+        for role, rank in roles.items():
+            yield Picture(
+                role=role,
+                rank=rank,
+                position=row.position,
+                attack=attack,
+                eps=next((e for e in eps if distance <= e + TOLERANCE), eps[-1]) if verified.fooled else eps[-1],
+                adv_pred=verified.pred,
+                adv_confidence=verified.confidence,
+                distance_linf=verified.distance_linf,
+                distance_l2=verified.distance_l2,
+                x=x.cpu().numpy(),
+                x_adv=verified.x_adv.cpu().numpy(),
+            )
+
+
+def round_to_8bit(x: Tensor, x_adv: Tensor, eps: float, norm: str) -> Tensor:
+    """x_adv (N, C, H, W) as it comes back from an 8-bit image file, kept within eps of x where that can be.
+
+    Rounds to the nearest of 256 levels; in linf, to the nearest of those within eps; in l2, where the nearest
+    leave the ball, towards x. (Where x itself lies between levels there may be none within eps.)
+    """
+    levels = (x_adv * 255).round()
+    if norm == "linf":
+        slack = TOLERANCE * 255 / 2
+        low, high = ((x - eps) * 255 - slack).ceil(), ((x + eps) * 255 + slack).floor()
+        levels = levels.clamp(low, high)
+    else:
+        towards = (x * 255).round() + ((x_adv - x) * 255).trunc()
+        leaves = NORMS[norm].distance(levels / 255 - x) > eps
+        levels = torch.where(per_slot(leaves, x), towards, levels)
+    return levels.clamp(0, 255) / 255
+
+
+def _logits(module: nn.Module, x: Tensor, num_classes: int) -> Tensor:
+    """(N, num_classes) finite float32 logits of the model itself, or InputError."""
+    with torch.no_grad():
+        logits = module(x)
+    if not isinstance(logits, Tensor) or logits.shape != (len(x), num_classes):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(
+            f"the model's output must be logits of shape ({len(x)}, {num_classes}), not {shape}; "
+            "wrap the model so that it returns one row of logits an image"
+        )
+    if not bool(logits.isfinite().all()):
+        raise InputError("the model's output holds NaN or infinity; check its weights and the normalisation inside it")
+    return logits.float()
+
+
+def _windows(
+    data: Dataset, target: int | None, batch_size: int, device: torch.device
+) -> Iterator[tuple[int, list[Sample]]]:
+    """(position of the first, samples). Samples that already have the target's label cannot be attacked."""
+    samples = (sample for sample in data if sample.y != target)
+    start, size = 0, batch_size
+    while window := list(islice(samples, size)):
+        if start == 0:
+            # A window is what an interruption can lose, and what keeps the slots full. Where images are
+            # quick, several batches deep; large ones on a CPU, where full batches gain nothing, one.
+            quick = device.type != "cpu" or window[0].x[0].numel() <= 64 * 64
+            size = 4 * batch_size if quick else batch_size
+            window += islice(samples, size - batch_size)
+        yield start, window
+        start += len(window)
+
+
+def _with_counts(new: attacks.Outcome, old: attacks.Outcome) -> attacks.Outcome:
+    """The outcome of a second run, with the evaluations of the first added to its own."""
+    return replace(
+        new,
+        forwards=tuple(map(add, new.forwards, old.forwards)),
+        gradients=tuple(map(add, new.gradients, old.gradients)),
+    )
+
+
+def _fingerprint(store: Store) -> str:
+    digest = hashlib.sha256()
+    for row in store.clean():
+        digest.update(f"{row.sample_id}\0{row.label}\0{row.sha256}\n".encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """True float32 and repeatable kernels while the block runs."""
+    cudnn, matmul = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
+    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = True, False, False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = before
+        torch.set_float32_matmul_precision(matmul)

@@ -1,0 +1,102 @@
+"""What a run was asked to do: options read, checked and given their defaults. No torch here."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from robust.errors import InputError, unknown
+
+NORMS = ("linf", "l2")
+DEFAULT_ATTACKS = ("fgsm", "pgd", "noise")
+
+# The budgets that people compare at (largest last), after a few smaller ones that show the fall:
+# CIFAR 8/255 and 0.5, ImageNet 4/255 and 3, MNIST 0.3.
+_PHOTO_EPS = {"linf": (0.25 / 255, 0.5 / 255, 1 / 255, 2 / 255, 4 / 255), "l2": (0.25, 0.5, 1.0, 2.0, 3.0)}
+_THUMBNAIL_EPS = {"linf": (0.5 / 255, 1 / 255, 2 / 255, 4 / 255, 8 / 255), "l2": (0.05, 0.1, 0.25, 0.5)}
+_DIGIT_EPS = {"linf": (0.05, 0.1, 0.2, 0.3), "l2": (0.5, 1.0, 1.5, 2.0)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything besides model and data that decides the numbers of a run; see `robust.run` for each.
+
+    No eps stands for those that suit the images; see `suited_to`.
+    """
+
+    attacks: tuple[str, ...]
+    norm: str
+    eps: tuple[float, ...]
+    steps: int | None = None
+    step_size: float | None = None
+    restarts: int = 1
+    random_start: bool = True
+    target: str | None = None
+    batch_size: int = 64
+    limit: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    save_adversarials: bool = False
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise unknown("norm", self.norm, NORMS)
+        if not self.attacks:
+            raise InputError("no attack named; give --attack, such as --attack pgd")
+        if repeated := sorted({name for name in self.attacks if self.attacks.count(name) > 1}):
+            raise InputError(f"attack {repeated[0]} is named twice; name it once")
+        for value in self.eps:
+            _check_eps(value, self.norm)
+        _check_at_least(1, steps=self.steps, restarts=self.restarts, batch_size=self.batch_size, limit=self.limit)
+        if not 0 <= self.seed < 2**64:
+            raise InputError(f"seed must lie in 0 .. 2^64 - 1, not {self.seed}")
+        if self.step_size is not None and not 0 < self.step_size <= 2:
+            raise InputError(f"step_size is a fraction of eps above 0 and at most 2, not {self.step_size:g}; try 0.1")
+
+    def suited_to(self, shape: Sequence[int], device: str) -> "Options":
+        """These options for images of `shape` (C, H, W) on `device`: eps rising, each once, defaults filled in."""
+        channels, height, _ = shape
+        digits, thumbnails = channels == 1 and height <= 32, height <= 64
+        table = _DIGIT_EPS if digits else _THUMBNAIL_EPS if thumbnails else _PHOTO_EPS
+        return replace(self, eps=tuple(sorted(set(self.eps or table[self.norm]))), device=device)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values; tuples as lists."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+def parse_eps(text: str) -> tuple[float, ...]:
+    """'1/255,4/255' or '0.1,0.3' as numbers, in the order given."""
+    eps = tuple(parse_number(part, "eps") for part in text.split(",") if part.strip())
+    if not eps:
+        raise InputError("eps is empty; write it like 8/255 or 1/255,4/255")
+    return eps
+
+
+def parse_number(text: str, what: str) -> float:
+    """A number, or a fraction such as 8/255."""
+    numerator, slash, denominator = text.strip().partition("/")
+    try:
+        return float(numerator) / float(denominator) if slash else float(numerator)
+    except (ValueError, ZeroDivisionError):
+        raise InputError(f"{what} {text.strip()!r} is no number; write it like 8/255 or 0.03") from None
+
+
+def parse_names(values: Iterable[str]) -> tuple[str, ...]:
+    """Repeated options, each of which may be a comma list, as one tuple of names."""
+    return tuple(name.strip() for value in values for name in value.split(",") if name.strip())
+
+
+def _check_eps(eps: float, norm: str) -> None:
+    if not (math.isfinite(eps) and eps > 0):
+        raise InputError(f"eps must be a positive number, not {eps:g} (the accuracy at 0 is always reported)")
+    if norm == "linf" and eps > 1:
+        raise InputError(
+            f"eps {eps:g} is larger than the whole range of pixels, which is [0, 1]; did you mean {eps:g}/255?"
+        )
+
+
+def _check_at_least(least: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise InputError(f"{name} must be at least {least}, not {value}")
