@@ -1,0 +1,185 @@
+"""PGD-40 beside foolbox, torchattacks and adversarial-robustness-toolbox, and beside the network alone.
+
+    pip install -e ".[bench]"
+    python benchmarks/attacks.py --shared ../shared
+
+Every method attacks the same images with the same batch size, step (eps / 10) and number of steps, from a
+random start. Methods take turns, and the ratio printed is the median over the rounds of (peer / robust): above 1,
+robust is faster. Robust accuracy is counted on a fresh forward pass of what each method returns, over all images.
+"robust" is the whole of `robust.run`: clean pass, attack, re-verification, 8-bit check, store.
+"""
+
+import statistics
+import sys
+import time
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import robust
+
+BATCH, STEPS = 64, 40
+
+Method = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    factory: str
+    eps: float
+    said: str
+    images: int
+
+
+CASES = (
+    Case("cifar10_resnet20", 4 / 255, "4/255", 200),
+    Case("cifar10_robust_8px", 8 / 255, "8/255", 500),
+    Case("mnist_robust_03", 0.3, "0.3", 500),
+)
+
+
+def ours(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+    batches = zip(x.split(BATCH), y.split(BATCH), strict=True)
+    run = robust.run(model, batches, attacks=["pgd"], eps=eps, steps=STEPS, batch_size=BATCH)
+    return torch.tensor(run.samples.robust.to_numpy())
+
+
+def foolbox(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+    from foolbox import PyTorchModel
+    from foolbox.attacks import LinfProjectedGradientDescentAttack
+
+    judge = PyTorchModel(model, bounds=(0, 1), device="cpu")
+    attack = LinfProjectedGradientDescentAttack(steps=STEPS, rel_stepsize=0.1)
+    pairs = zip(x.split(BATCH), y.split(BATCH), strict=True)
+    return torch.cat([stands(model, attack(judge, xs, ys, epsilons=eps)[1], ys) for xs, ys in pairs])
+
+
+def torchattacks(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+    from torchattacks import PGD
+
+    attack = PGD(model, eps=eps, alpha=eps / 10, steps=STEPS, random_start=True)
+    pairs = zip(x.split(BATCH), y.split(BATCH), strict=True)
+    return torch.cat([stands(model, attack(xs, ys), ys) for xs, ys in pairs])
+
+
+def art(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+    from art.attacks.evasion import ProjectedGradientDescentPyTorch
+    from art.estimators.classification import PyTorchClassifier
+
+    classifier = PyTorchClassifier(
+        model, nn.CrossEntropyLoss(), tuple(x.shape[1:]), nb_classes=10, clip_values=(0, 1), device_type="cpu"
+    )
+    attack = ProjectedGradientDescentPyTorch(
+        classifier, eps=eps, eps_step=eps / 10, max_iter=STEPS, num_random_init=1, batch_size=BATCH, verbose=False
+    )
+    x_adv = torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
+    pairs = zip(x_adv.split(BATCH), y.split(BATCH), strict=True)
+    return torch.cat([stands(model, xs, ys) for xs, ys in pairs])
+
+
+def bare(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+    """What the network alone costs: STEPS forwards and input gradients on every image, parameters frozen."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    for xs, ys in zip(x.split(BATCH), y.split(BATCH), strict=True):
+        query = xs.clone().requires_grad_()
+        for _ in range(STEPS):
+            torch.autograd.grad(F.cross_entropy(model(query), ys, reduction="sum"), query)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return torch.ones(len(x), dtype=torch.bool)
+
+
+METHODS: dict[str, Method] = {
+    "robust": ours, "foolbox": foolbox, "torchattacks": torchattacks, "art": art, "bare loop": bare,
+}  # fmt: skip
+
+
+def stands(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x.detach()).argmax(1) == y
+
+
+def load_images(shared: Path, factory: str, n: int) -> tuple[Tensor, Tensor]:
+    """The first n MNIST test images, or the first n / 10 of each CIFAR-10 class; (n, C, H, W) in [0, 1]."""
+    if factory.startswith("mnist"):
+        with np.load(shared / "data" / "mnist_test.npz") as data:
+            return torch.tensor(data["x"][:n])[:, None] / 255, torch.tensor(data["y"][:n]).long()
+    with zipfile.ZipFile(shared / "data" / "cifar10_test.zip") as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
+        classes = sorted({name.split("/")[1] for name in names})
+        chosen = [[name for name in names if name.split("/")[1] == kind][: n // 10] for kind in classes]
+        arrays = [np.asarray(Image.open(BytesIO(archive.read(name)))) for group in chosen for name in group]
+    return torch.tensor(np.stack(arrays)).permute(0, 3, 1, 2) / 255, torch.arange(10).repeat_interleave(n // 10)
+
+
+def compare(case: Case, model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> None:
+    seconds: dict[str, list[float]] = {name: [] for name in METHODS}
+    standing: dict[str, list[int]] = {name: [] for name in METHODS}
+    for name, method in METHODS.items():  # warm up
+        method(model, x[:BATCH], y[:BATCH], case.eps)
+    for turn in range(rounds):
+        order = list(METHODS.items())
+        for name, method in order[turn % len(order) :] + order[: turn % len(order)]:
+            torch.manual_seed(turn)
+            began = time.perf_counter()
+            verdicts = method(model, x, y, case.eps)
+            seconds[name].append(time.perf_counter() - began)
+            standing[name].append(int(verdicts.sum()))
+    print(f"\n{case.factory}, linf {case.said}, {len(x)} images, PGD-{STEPS}, batch {BATCH}, {rounds} rounds\n")
+    print("| method | seconds, median | ratio to robust | images that stand |\n|---|---|---|---|")
+    for name in METHODS:
+        ratios = [theirs / own for theirs, own in zip(seconds[name], seconds["robust"], strict=True)]
+        range_of = "–" if name == "bare loop" else f"{min(standing[name])}–{max(standing[name])}"
+        print(f"| {name} | {statistics.median(seconds[name]):.2f} | {statistics.median(ratios):.2f} | {range_of} |")
+
+
+def ladder(model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> None:
+    """Ten eps in one run beside the smallest alone."""
+    eps = [k / 255 for k in range(1, 11)]
+    spent: dict[int, list[float]] = {1: [], 10: []}
+    for _ in range(rounds):
+        for rungs, times in spent.items():
+            began = time.perf_counter()
+            robust.run(model, [(x, y)], attacks=["pgd"], eps=eps[:rungs], steps=STEPS, batch_size=BATCH)
+            times.append(time.perf_counter() - began)
+    ratio = statistics.median(ten / one for ten, one in zip(spent[10], spent[1], strict=True))
+    print(
+        f"\nTen eps (1/255 .. 10/255) cost {ratio:.2f} times what 1/255 alone costs (cifar10_resnet20, {len(x)} images)"
+    )
+
+
+def main(
+    shared: Annotated[Path, typer.Option(help="Folder with models/ and data/.")] = Path("../shared"),
+    rounds: Annotated[int, typer.Option(help="Turns of every method.")] = 5,
+    only: Annotated[str | None, typer.Option(help="Run one case, by the factory's name.")] = None,
+) -> None:
+    """Print the tables as Markdown."""
+    warnings.simplefilter("ignore")
+    sys.path.insert(0, str(shared / "models"))
+    import architectures
+
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU")
+    for case in CASES:
+        if only in (None, case.factory):
+            model = getattr(architectures, case.factory)()
+            x, y = load_images(shared, case.factory, case.images)
+            compare(case, model, x, y, rounds)
+            if case.factory == "cifar10_resnet20":
+                ladder(model, x, y, rounds)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,271 @@
+"""Attacks against closed-form optima and against foolbox."""
+
+import random
+
+import foolbox
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import Linear, conv_net, images, noise, queries, tasks
+from torch import Tensor
+
+import attacks
+from attacks.norms import NORMS, per_slot
+
+
+def predictions(model, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x).argmax(1)
+
+
+# Against foolbox
+
+
+@pytest.mark.parametrize(
+    ("norm", "theirs"),
+    [("linf", foolbox.attacks.LinfFastGradientAttack), ("l2", foolbox.attacks.L2FastGradientAttack)],
+)
+def test_fgsm_equals_foolbox_image_for_image(norm, theirs):
+    model, x = conv_net(), images(16)
+    y, eps = predictions(model, x), 0.03
+    judge = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    expected = theirs().run(judge, x, foolbox.Misclassification(y), epsilon=eps)
+    *_, ours = queries(attacks.make("fgsm", norm), model, x, y, eps)
+    assert not torch.equal(ours, x)
+    torch.testing.assert_close(ours, expected, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("norm", "theirs", "eps"),
+    [
+        ("linf", foolbox.attacks.LinfProjectedGradientDescentAttack, 0.05),
+        ("l2", foolbox.attacks.L2ProjectedGradientDescentAttack, 0.8),
+    ],
+)
+@pytest.mark.parametrize("targeted", [False, True])
+def test_pgd_without_random_start_has_foolbox_iterates(norm, theirs, eps, targeted):
+    model, x = conv_net(), images(8)
+    y = predictions(model, x)
+    goal = (y + 1) % 5 if targeted else y
+    criterion = foolbox.TargetedMisclassification(goal) if targeted else foolbox.Misclassification(goal)
+    judge = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    pgd = attacks.make("pgd", norm, targeted, steps=12, step_size=0.15, random_start=False)
+    iterates = queries(pgd, model, x, goal, eps)
+    assert len(iterates) == 13
+    for steps, ours in enumerate(iterates[1:], start=1):
+        reference = theirs(steps=steps, rel_stepsize=0.15, random_start=False)
+        expected = reference.run(judge, x, criterion, epsilon=eps)
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+
+
+def test_any_foolbox_attack_gives_foolbox_verdicts_and_exact_counts():
+    model, x = conv_net(), images(10)
+    y, eps = predictions(model, x), [0.002, 0.01, 0.05]
+    judge = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    deepfool = foolbox.attacks.LinfDeepFoolAttack()
+    *_, success = deepfool(judge, x, foolbox.Misclassification(y), epsilons=eps)
+    rows = Counter(model)
+    outcomes = run(rows, attacks.make("foolbox:LinfDeepFoolAttack", "linf"), x, y, eps, slots=10)
+    ours = [[o.rung is not None and o.rung <= k for o in outcomes] for k in range(3)]
+    assert ours == success.tolist()
+    assert 0 < sum(map(sum, ours)) < 30
+    assert sum(sum(o.forwards) for o in outcomes) == rows.forwards
+
+
+def test_foolbox_fixed_eps_attack_is_tried_only_on_what_stands():
+    model, x = conv_net(), images(10)
+    y, eps = predictions(model, x), [0.001, 0.02, 0.3]
+    attack = attacks.make("foolbox:LinfFastGradientAttack", "linf")
+    outcomes = run(Counter(model), attack, x, y, eps, slots=10)
+    for o in outcomes:
+        # One gradient for each rung tried, none above the rung that broke it.
+        tried = 3 if o.rung is None else o.rung + 1
+        assert o.gradients == (1,) * tried + (0,) * (3 - tried)
+    assert {o.rung for o in outcomes} > {None} or len({o.rung for o in outcomes}) > 1
+
+
+def test_foolbox_leaves_the_global_generators_alone():
+    model, x = conv_net(), images(4)
+    attack = attacks.make("foolbox:LinfRepeatedAdditiveUniformNoiseAttack", "linf")
+
+    def state():
+        return torch.random.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+
+    before = state()
+    first = run(model, attack, x, predictions(model, x), [0.1])
+    assert state() == before
+    torch.rand(3)  # another global state must not matter
+    second = run(model, attack, x, predictions(model, x), [0.1])
+    assert all(torch.equal(a.x_adv, b.x_adv) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "message"),
+    [
+        ("foolbox:L2DeepFoolAttack", "linf", "measures its perturbations in l2"),
+        ("foolbox:VirtualAdversarialAttack", "l2", "cannot be used"),
+    ],
+)
+def test_foolbox_attack_that_does_not_fit_is_refused(name, norm, message):
+    with pytest.raises(ValueError, match=message):
+        attacks.make(name, norm)
+
+
+def test_foolbox_attack_that_raises_is_named():
+    class Broken(torch.nn.Module):
+        def forward(self, x):
+            raise ZeroDivisionError("no luck")
+
+    attack = attacks.make("foolbox:LinfDeepFoolAttack", "linf")
+    with pytest.raises(attacks.AttackFailed, match=r"foolbox:LinfDeepFoolAttack raised ZeroDivisionError: no luck"):
+        run(Broken(), attack, images(2), torch.tensor([0, 1]), [0.1])
+
+
+# Against the closed form
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", ["fgsm", "pgd"])
+def test_linear_model_every_reachable_success_and_no_other(norm, name):
+    model = Linear(27)
+    x = 0.5 + 0.02 * (images(40, (3, 3, 3)) - 0.5)
+    y = predictions(model, x)
+    distance = model.distance(x, norm)
+    for factor, fooled in ((1.01, True), (0.99, False)):
+        for k in range(len(x)):
+            (outcome,) = run(model, attacks.make(name, norm), x[k : k + 1], y[k : k + 1], [factor * float(distance[k])])
+            assert (outcome.rung == 0) == fooled
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_ladder_ends_on_the_rung_of_the_closed_form(norm):
+    model = Linear(27)
+    x = 0.5 + 0.02 * (images(30, (3, 3, 3)) - 0.5)
+    distance = model.distance(x, norm)
+    eps = [float(distance.quantile(q)) * 1.0001 for q in (0.1, 0.3, 0.5, 0.7)]
+    outcomes = run(model, attacks.make("pgd", norm), x, predictions(model, x), eps, slots=7)
+    expected = [next((k for k, e in enumerate(eps) if d < e), None) for d in distance.tolist()]
+    assert [o.rung for o in outcomes] == expected
+    assert None in expected and len(set(expected)) > 3
+
+
+# What every attack keeps
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "noise"])
+def test_every_point_stays_in_the_ball_and_the_box(name, norm):
+    model, x, eps = conv_net(), images(8), 0.3
+    attack = attacks.make(name, norm, steps=5)
+    for point in queries(attack, model, x, predictions(model, x), eps):
+        assert float(point.min()) >= 0 and float(point.max()) <= 1
+        assert float(NORMS[norm].distance(point.double() - x.double()).max()) <= eps + 1e-6
+
+
+def test_noise_is_weaker_than_the_gradient_of_the_same_size():
+    model = Linear(300)
+    x = 0.5 + 0.02 * (images(40, (3, 10, 10)) - 0.5)
+    y, eps = predictions(model, x), [2 * float(model.distance(x, "linf").max())]
+    assert all(o.rung == 0 for o in run(model, attacks.make("pgd", "linf"), x, y, eps))
+    assert sum(o.rung is None for o in run(model, attacks.make("noise", "linf"), x, y, eps)) > 10
+
+
+def test_targeted_attack_counts_only_the_target():
+    model, x = conv_net(), images(12)
+    y = (predictions(model, x) + 2) % 5
+    outcomes = run(model, attacks.make("pgd", "linf", targeted=True, steps=20), x, y, [0.5])
+    reached = [o for o in outcomes if o.rung is not None]
+    assert reached
+    for o in reached:
+        assert predictions(model, o.x_adv[None]).item() == y[o.position]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"steps": 0}, "steps must be at least 1"), ({"restarts": 0}, "restarts must be at least 1")],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        attacks.make("pgd", "linf", **options)
+
+
+def test_norm_that_an_attack_lacks_is_refused():
+    with pytest.raises(ValueError, match="pgd has no norm 'l7'; it has linf, l2"):
+        attacks.make("pgd", "l7")
+
+
+# Norms
+
+
+@settings(max_examples=40, deadline=None)
+@given(norm=st.sampled_from(sorted(NORMS)), seed=st.integers(0, 2**16), eps=st.floats(1e-3, 10))
+def test_projection_is_inside_idempotent_and_moves_nothing_that_is_inside(norm, seed, eps):
+    ball = NORMS[norm]
+    delta = torch.randn(4, 2, 3, 5, generator=torch.Generator().manual_seed(seed)) * eps
+    radius = torch.full((4,), eps)
+    once = ball.project_(delta.clone(), radius)
+    assert bool((ball.distance(once) <= eps * (1 + 1e-6)).all())
+    torch.testing.assert_close(ball.project_(once.clone(), radius), once)
+    small = delta * per_slot(0.99 * eps / ball.distance(delta), delta)
+    torch.testing.assert_close(ball.project_(small.clone(), radius), small)
+
+
+@settings(max_examples=40, deadline=None)
+@given(norm=st.sampled_from(sorted(NORMS)), seed=st.integers(0, 2**16))
+def test_steepest_step_reaches_the_dual_norm(norm, seed):
+    grad = torch.randn(4, 2, 3, 5, generator=torch.Generator().manual_seed(seed))
+    step = NORMS[norm].steepest_(grad.clone())
+    dual = grad.flatten(1).norm({"linf": 1, "l2": 2}[norm], dim=1)
+    torch.testing.assert_close((grad * step).flatten(1).sum(1), dual)
+    torch.testing.assert_close(NORMS[norm].distance(step), torch.ones(4))
+    assert not NORMS[norm].steepest_(torch.zeros(1, 1, 2, 2)).any()
+
+
+def test_random_points_are_uniform_in_the_ball():
+    n, eps = 4000, 0.7
+    radius = torch.full((n,), eps)
+    linf = NORMS["linf"].random(noise(n, (1, 1, 2)), radius)
+    assert abs(float(linf.mean())) < 0.02
+    # Uniform on [-eps, eps] has the variance eps² / 3.
+    assert float(linf.var()) == pytest.approx(eps**2 / 3, rel=0.05)
+    # In two dimensions the radius of a uniform point is eps * sqrt(u): its square is uniform.
+    square = (NORMS["l2"].distance(NORMS["l2"].random(noise(n, (1, 1, 2)), radius)) / eps) ** 2
+    assert float(square.max()) <= 1 + 1e-6
+    assert float(square.mean()) == pytest.approx(0.5, abs=0.02)
+    assert float(square.var()) == pytest.approx(1 / 12, rel=0.05)
+
+
+def test_noise_depends_on_its_keys_only():
+    shape = (3, 4, 5)
+    together, alone = noise(6, shape, seed=3), noise(1, shape, seed=3)
+    torch.testing.assert_close(together.uniform()[:1], alone.uniform(), atol=0, rtol=0)
+    draws = [
+        together.uniform(),
+        together.uniform(step=1),
+        together.uniform(stream=1),
+        noise(6, shape, seed=4).uniform(),
+        noise(6, shape, seed=3, restart=1).uniform(),
+    ]
+    flat = torch.stack([draw.flatten() for draw in draws])
+    correlation = torch.corrcoef(flat) - torch.eye(len(draws))
+    assert float(correlation.abs().max()) < 0.2
+
+
+# Helpers
+
+
+class Counter(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.forwards = model, 0
+
+    def forward(self, x):
+        self.forwards += len(x)
+        return self.model(x)
+
+
+def run(model, attack, x, y, eps, slots=64, seed=0):
+    outcomes = attacks.run(model, attack, tasks(x, y), eps, slots=slots, seed=seed)
+    return sorted(outcomes, key=lambda o: o.position)

@@ -1,0 +1,155 @@
+"""The engine: exact counts, every point judged, verdicts that do not depend on company."""
+
+import numpy as np
+import pytest
+import torch
+from toys import Linear, conv_net, images, tasks
+from torch import Tensor, nn
+
+import attacks
+from attacks import engine
+
+
+class Recorder(nn.Module):
+    """A model that remembers how many rows it saw in each call and how many gradients it passed back."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.calls, self.gradients = model, [], 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(len(x))
+        if x.requires_grad:
+            x.register_hook(self._count)
+        return self.model(x)
+
+    def _count(self, grad: Tensor) -> None:
+        self.gradients += len(grad)
+
+
+class Script(nn.Module):
+    """Errs (class 1 instead of 0) only on its calls whose number is in `wrong`, whatever the image."""
+
+    def __init__(self, wrong: set[int]):
+        super().__init__()
+        self.wrong, self.call = wrong, -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.call += 1
+        right = -1.0 if self.call in self.wrong else 1.0
+        return torch.stack([right + 0 * x.flatten(1).sum(1), x.flatten(1).mean(1) * 0], 1)
+
+
+def run(model, attack, x, y, eps, slots=64, seed=0):
+    outcomes = list(engine.run(model, attack, tasks(x, y), eps, slots=slots, seed=seed))
+    assert len(outcomes) == len(x)
+    return sorted(outcomes, key=lambda o: o.position)
+
+
+def robust_tenth(x: Tensor) -> Tensor:
+    """Right on everything: nothing can be broken."""
+    return torch.stack([1 + x.flatten(1).mean(1), x.flatten(1).mean(1) * 0], 1)
+
+
+@pytest.mark.parametrize(("name", "forwards", "gradients"), [("fgsm", 2, 1), ("pgd", 8, 7), ("noise", 1, 0)])
+def test_cost_of_a_sample_that_stands(name, forwards, gradients):
+    model = Recorder(nn.Identity())
+    model.forward = lambda x: (model.calls.append(len(x)), robust_tenth(x))[1]
+    attack = attacks.make(name, "linf", steps=7)
+    x = images(10)
+    for o in run(model, attack, x, torch.zeros(10, dtype=int), [0.1, 0.2], slots=4):
+        assert o.rung is None and o.restart is None
+        assert o.forwards == (forwards, forwards)
+        assert o.gradients == (gradients, gradients)
+    assert sum(model.calls) == 10 * 2 * forwards
+    assert max(model.calls) <= 4
+
+
+def test_counts_are_those_the_model_saw():
+    model, x = Recorder(conv_net()), images(50)
+    y = model.model(x).argmax(1)
+    outcomes = run(model, attacks.make("pgd", "linf", steps=6, restarts=2), x, y, [0.004, 0.02, 0.1], slots=8)
+    assert sum(sum(o.forwards) for o in outcomes) == sum(model.calls)
+    # The backward pass is shared by the batch: it computes some gradients that nobody goes on from.
+    used = sum(sum(o.gradients) for o in outcomes)
+    assert used <= model.gradients <= sum(model.calls)
+    assert {o.rung for o in outcomes} >= {0, 1, 2}
+
+
+def test_the_batch_stays_full_while_samples_wait():
+    model, x = Recorder(conv_net()), images(60)
+    y = model.model(x).argmax(1)
+    run(model, attacks.make("pgd", "linf", steps=9), x, y, [0.02], slots=8)
+    assert set(model.calls[:20]) == {8}
+    assert max(model.calls) == 8
+
+
+@pytest.mark.parametrize("call", [0, 1, 2, 3])
+def test_every_point_is_judged_the_first_and_the_last_included(call):
+    (outcome,) = run(Script({call}), attacks.make("pgd", "linf", steps=3), images(1), torch.tensor([0]), [0.1])
+    assert outcome.rung == 0
+    assert outcome.forwards == (call + 1,)
+    assert outcome.gradients == (call,)
+
+
+def test_restarts_run_only_on_what_stands():
+    attack = attacks.make("pgd", "linf", steps=3, restarts=3)
+    (outcome,) = run(Script({5}), attack, images(1), torch.tensor([0]), [0.1, 0.2])
+    assert (outcome.rung, outcome.restart) == (0, 1)
+    assert outcome.forwards == (6, 0)  # 4 of the first start, 2 of the second
+    (outcome,) = run(Script({12}), attack, images(1), torch.tensor([0]), [0.1, 0.2])
+    assert (outcome.rung, outcome.restart) == (1, 0)
+    assert outcome.forwards == (12, 1)
+    (outcome,) = run(Script(set()), attack, images(1), torch.tensor([0]), [0.1, 0.2])
+    assert outcome.rung is None and outcome.forwards == (12, 12)
+
+
+def test_restarts_begin_elsewhere():
+    seen = []
+    model = lambda x: (seen.append(x.clone()), robust_tenth(x))[1]  # noqa: E731
+    run(model, attacks.make("noise", "linf", restarts=3), images(2), torch.zeros(2, dtype=int), [0.1])
+    assert len(seen) == 3
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_batch_order_and_slots_change_no_verdict(norm):
+    model, x = conv_net(), images(40)
+    y = model(x).argmax(1)
+    attack = attacks.make("pgd", norm, steps=8, restarts=2)
+    eps = [0.01, 0.04] if norm == "linf" else [0.1, 0.4]
+    reference = run(model, attack, x, y, eps, slots=40)
+    for slots in (1, 7, 16):
+        for got, expected in zip(run(model, attack, x, y, eps, slots=slots), reference, strict=True):
+            assert (got.rung, got.restart, got.forwards) == (expected.rung, expected.restart, expected.forwards)
+            torch.testing.assert_close(got.x_adv, expected.x_adv, atol=1e-5, rtol=0)
+    backwards = list(reversed(tasks(x, y)))
+    shuffled = {o.position: o for o in engine.run(model, attack, backwards, eps, slots=7, seed=0)}
+    assert [shuffled[o.position].rung for o in reference] == [o.rung for o in reference]
+
+
+def test_another_seed_is_another_start():
+    x, y = images(4), torch.zeros(4, dtype=int)
+    attack = attacks.make("noise", "linf")
+    one, two = (run(robust_tenth, attack, x, y, [0.1], seed=seed) for seed in (0, 1))
+    assert not torch.equal(one[0].x_adv, two[0].x_adv)
+
+
+def test_an_adversarial_found_at_a_small_eps_costs_nothing_at_larger_ones():
+    model = Linear(27)
+    x = 0.5 + 0.02 * (images(20, (3, 3, 3)) - 0.5)
+    y = model(x).argmax(1)
+    smallest = 1.01 * float(model.distance(x, "linf").max())
+    for o in run(model, attacks.make("pgd", "linf"), x, y, [smallest, 0.3, 0.4]):
+        assert o.rung == 0 and o.forwards[1:] == (0, 0)
+
+
+def test_global_random_state_is_untouched():
+    before = torch.random.get_rng_state(), np.random.get_state()[1].copy()
+    run(conv_net(), attacks.make("pgd", "l2", steps=2), images(3), torch.zeros(3, dtype=int), [0.1])
+    assert torch.equal(before[0], torch.random.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])
+
+
+def test_no_tasks_no_outcomes():
+    assert list(engine.run(robust_tenth, attacks.make("pgd", "linf"), [], [0.1], slots=4, seed=0)) == []

@@ -1,0 +1,72 @@
+"""Small networks and plain drivers that several tests share."""
+
+import torch
+from torch import Tensor, nn
+
+from attacks.attack import Attack, State, Task
+from attacks.noise import Noise, sample_key
+
+
+class Linear(nn.Module):
+    """Two classes, logits (f, -f) with f = w·x + b: the nearest boundary point is known in every norm."""
+
+    def __init__(self, d: int, seed: int = 0):
+        super().__init__()
+        g = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(d, generator=g))
+        # f = 0 at mid-grey, so that grey images are near the boundary and far from the box.
+        self.bias = nn.Parameter(-0.5 * self.weight.detach().sum())
+
+    def score(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.weight + self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = self.score(x)
+        return torch.stack([f, -f], 1)
+
+    def distance(self, x: Tensor, norm: str) -> Tensor:
+        """To the boundary: |f| over the dual norm of w (far from the box)."""
+        dual = {"linf": 1, "l2": 2}[norm]
+        return (self.score(x).abs() / self.weight.norm(dual)).detach()
+
+
+def conv_net(channels: int = 3, classes: int = 5, seed: int = 0) -> nn.Module:
+    """A small convolutional network with batch-norm whose statistics are not trivial, in eval mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, classes),
+        )  # fmt: skip
+        net.train()
+        net(torch.rand(64, channels, 12, 12) * 2)
+    return net.eval()
+
+
+def images(n: int, shape: tuple[int, ...] = (3, 12, 12), seed: int = 1) -> Tensor:
+    """(n, *shape) in [0, 1], some of them on the edges of the box."""
+    g = torch.Generator().manual_seed(seed)
+    return (torch.rand(n, *shape, generator=g) * 1.2 - 0.1).clamp(0, 1)
+
+
+def tasks(x: Tensor, y: Tensor) -> list[Task]:
+    return [Task(k, sample_key(str(k)), x[k], int(y[k])) for k in range(len(x))]
+
+
+def noise(n: int, shape: tuple[int, ...], seed: int = 0, restart: int = 0) -> Noise:
+    keys = [sample_key(str(k)) for k in range(n)]
+    return Noise(seed, keys, [restart] * n, shape, torch.device("cpu"))
+
+
+def queries(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, eps: float) -> list[Tensor]:
+    """Every point that the attack asks about, on a batch that never retires anything."""
+    state: State = attack.init(x, y, torch.full((len(x),), eps), noise(len(x), tuple(x.shape[1:])))
+    points = [state.query.clone()]
+    for _ in range(attack.queries - 1):
+        query = state.query.detach().requires_grad_()
+        logits = model(query)
+        (grad,) = torch.autograd.grad(attack.loss(logits, state).sum(), query)
+        state = attack.step(state, logits.detach(), grad)
+        points.append(state.query.clone())
+    return points
