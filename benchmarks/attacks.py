@@ -128,7 +128,7 @@ def load_images(shared: Path, factory: str, n: int) -> tuple[Tensor, Tensor]:
 def compare(case: Case, model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
     standing: dict[str, list[int]] = {name: [] for name in METHODS}
-    for name, method in METHODS.items():  # warm up
+    for method in METHODS.values():  # warm up
         method(model, x[:BATCH], y[:BATCH], case.eps)
     for turn in range(rounds):
         order = list(METHODS.items())

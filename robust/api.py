@@ -16,6 +16,7 @@ from torch import nn
 
 from reports import write_reports
 from reports.answer import answer
+from robust import __version__
 from robust.data import load_data
 from robust.data.batches import from_batches
 from robust.data.sample import Dataset, Sample
@@ -252,9 +253,9 @@ def _describe(attack: Any) -> dict[str, Any]:
 def _environment(planned: Plan) -> dict[str, str]:
     device = planned.device
     cuda = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    packages = ("robust", "torch", "torchvision", "timm", "foolbox", "numpy")
     return {
-        **{name: version(name) for name in packages},
+        "robust": __version__,
+        **{name: version(name) for name in ("torch", "torchvision", "timm", "foolbox", "numpy")},
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "device": f"{device}{cuda}",

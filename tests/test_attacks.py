@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import Linear, conv_net, images, noise, queries, tasks
 from torch import Tensor
 
 import attacks
 from attacks.norms import NORMS, per_slot
+from toys import Linear, conv_net, images, noise, queries, tasks
 
 
 def predictions(model, x: Tensor) -> Tensor:

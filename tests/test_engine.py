@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from toys import Linear, conv_net, images, tasks
 from torch import Tensor, nn
 
 import attacks
 from attacks import engine
+from toys import Linear, conv_net, images, tasks
 
 
 class Recorder(nn.Module):

@@ -21,13 +21,13 @@ class Dataset(Protocol):
     """Samples in a fixed order, read one at a time; iterating again reads the same ones again.
 
     `class_names` are those that the data itself knows, in label order, else None.
+    `size` is how many samples there are at most (images may be skipped); None for a stream of unknown length.
     `skipped` names the images left out by --skip-bad-images in the last iteration.
     """
 
     name: str
     class_names: tuple[str, ...] | None
+    size: int | None
     skipped: list[str]
-
-    def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[Sample]: ...

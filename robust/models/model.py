@@ -41,6 +41,8 @@ class Model:
 
     `module` maps (N, C, H, W) float32 pixels in [0, 1] to (N, num_classes) logits and is in eval mode.
     `input_size` is (C, H, W); None where only the data can tell (a user's own network).
+    `preprocess` None: images are taken at their own size, which must be `input_size` where that is known.
+    `was_training`: the module arrived in train mode, which a careful user wants to hear of.
     `class_names` and `wnids` (ImageNet's) are in label order where the source knows them, else None.
     """
 
@@ -53,6 +55,7 @@ class Model:
     class_names: tuple[str, ...] | None = None
     wnids: tuple[str, ...] | None = None
     fingerprint: str = ""
+    was_training: bool = False
 
 
 def fingerprint(module: nn.Module, *extra: str) -> str:

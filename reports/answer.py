@@ -1,0 +1,104 @@
+"""What a run says, in one sentence, and whether to believe it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+
+from robust.diagnostics import CONTROL
+from robust.errors import InputError
+from robust.statistics import WORST_CASE, wilson
+from robust.store import Finding, Store
+from robust.units import format_count, format_eps, format_interval, format_percent
+
+
+def headline(summary: pd.DataFrame) -> pd.Series:
+    """The summary's row that the report opens with: the worst case at the largest eps.
+
+    InputError where the run holds no results.
+    """
+    worst = summary[summary.attack == WORST_CASE]
+    if worst.empty:
+        raise InputError("the run holds no results to report; continue it with --resume")
+    return worst.loc[worst.eps.idxmax()]
+
+
+def strongest(summary: pd.DataFrame) -> str:
+    """The attack with the lowest robust accuracy at the largest eps, of equals the one listed last.
+
+    The noise control counts only where nothing else ran.
+    """
+    rows = summary[(summary.eps == summary.eps.max()) & (summary.attack != WORST_CASE)]
+    attacks = rows[rows.attack != CONTROL]
+    rows = rows if attacks.empty else attacks
+    return str(rows.attack[rows.robust_accuracy == rows.robust_accuracy.min()].iloc[-1])
+
+
+def attack_label(attack: str) -> str:
+    """What an attack of the summary is called before people."""
+    return {WORST_CASE: "worst case", CONTROL: "noise (control)"}.get(attack, attack)
+
+
+def answer(store: Store, summary: pd.DataFrame | None = None) -> str:
+    """The result in one sentence. `summary` spares computing `store.summary()` again."""
+    summary = store.summary() if summary is None else summary
+    row = headline(summary)
+    identity = store.identity
+    name = identity.get("model", {}).get("name", "the model")
+    target = identity.get("options", {}).get("target")
+    n, correct, robust = int(row.n), round(row.clean_accuracy * row.n), round(row.robust_accuracy * row.n)
+    of_n = format_count(n)
+    clean = (
+        f"{name} classifies {format_count(correct)} of {of_n} images correctly "
+        f"({format_percent(correct, n)}, 95 % interval {format_interval(*wilson(correct, n))})."
+    )
+    changes = _changes(row.norm, row.eps, set(summary.attack) == {CONTROL, WORST_CASE})
+    changes += _seen(row.norm, row.eps, _grayscale(store))
+    interval = format_interval(row.ci_low, row.ci_high)
+    if target is None:
+        return f"{clean} With {changes} {format_count(robust)} of {of_n} remain ({interval})."
+    return (
+        f"{clean} With {changes} {format_count(correct - robust)} of those {format_count(correct)} come to be "
+        f"taken for ‘{target}’; {format_count(robust)} of {of_n} withstand ({interval})."
+    )
+
+
+def verdict(findings: Iterable[Finding]) -> tuple[str, str]:
+    """("pass" | "warn" | "fail", one sentence: whether to believe the answer, and why)."""
+    findings = list(findings)
+    if not findings:
+        return "warn", "Nothing was checked, so nothing says whether this can be believed."
+    for level, advice, verbs in (
+        ("fail", "Do not believe this number yet", ("fails", "fail")),
+        ("warn", "Believe this number with care", ("warns", "warn")),
+    ):
+        reasons = [finding for finding in findings if finding.level == level]
+        if reasons:
+            said = "; ".join(f"{finding.name} – {finding.message.rstrip('.')}" for finding in reasons)
+            count = f"{len(reasons)} of {len(findings)} checks {verbs[len(reasons) > 1]}"
+            return level, f"{advice}, because {count}: {said}."
+    names = ", ".join(finding.name for finding in findings)
+    return "pass", f"This number can be believed, because all {len(findings)} checks pass: {names}."
+
+
+def _changes(norm: str, eps: float, random: bool) -> str:
+    kind, size = "random changes" if random else "changes", format_eps(eps, norm)
+    if norm != "linf":
+        return f"{kind} of {norm} size at most {size},"
+    scale = "" if "/" in size else " (on a scale of 0 to 1)"
+    return f"{kind} of at most {size} per pixel{scale},"
+
+
+def _seen(norm: str, eps: float, grayscale: bool) -> str:
+    """What people see of the change. Nothing is claimed of l2, whose changes may gather in one place, nor of
+    drawings on a plain ground, where any noise shows."""
+    if norm != "linf" or grayscale or eps > 8.001 / 255:
+        return ""
+    return " invisible to people," if eps <= 4.001 / 255 else " hardly visible to people,"
+
+
+def _grayscale(store: Store) -> bool:
+    size: Any = store.identity.get("model", {}).get("input_size")
+    if size is None:
+        size = next((picture.x.shape for picture in store.pictures()), (3,))
+    return size[0] == 1

@@ -1,0 +1,35 @@
+"""Where a model gives way: class by class, and what the images are taken for. Pure functions of the samples."""
+
+import pandas as pd
+
+from robust.statistics import wilson
+
+
+def per_class(samples: pd.DataFrame, eps: float) -> pd.DataFrame:
+    """Worst case over the attacks at `eps`: label, n, correct, robust, ci_low, ci_high, weakest class first.
+
+    `correct` and `robust` are counts of images; classes without an image are left out.
+    """
+    at_eps = samples[samples.eps == eps]
+    images = at_eps.assign(correct=at_eps.clean_pred == at_eps.label).groupby("sample_id")
+    images = images.agg(label=("label", "first"), correct=("correct", "first"), robust=("robust", "all"))
+    table = images.groupby("label", as_index=False).agg(
+        n=("robust", "size"), correct=("correct", "sum"), robust=("robust", "sum")
+    )
+    intervals = [wilson(int(row.robust), int(row.n)) for row in table.itertuples()]
+    table = table.assign(ci_low=[low for low, _ in intervals], ci_high=[high for _, high in intervals])
+    order = (table.robust / table.n).rename("accuracy")
+    return table.join(order).sort_values(["accuracy", "label"], kind="stable", ignore_index=True)
+
+
+def confusions(samples: pd.DataFrame, eps: float) -> pd.DataFrame:
+    """What images became at `eps`: label, adv_pred, count, most frequent first.
+
+    An image that several attacks broke counts once, with the adversarial nearest to it.
+    """
+    broken = samples[(samples.eps == eps) & samples.success]
+    distance = broken.distance_linf.where(broken.norm == "linf", broken.distance_l2)
+    nearest = broken.assign(distance=distance).sort_values("distance", kind="stable")
+    nearest = nearest.drop_duplicates("sample_id")
+    table = nearest.groupby(["label", "adv_pred"], as_index=False).agg(count=("sample_id", "size"))
+    return table.sort_values(["count", "label", "adv_pred"], ascending=[False, True, True], ignore_index=True)

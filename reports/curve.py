@@ -1,0 +1,174 @@
+"""Robust accuracy against eps, as SVG: one for papers, and two for the HTML (wide and narrow screens)."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from reports.answer import attack_label
+from reports.files import write_text
+from robust.diagnostics import CONTROL
+from robust.statistics import WORST_CASE, wilson
+from robust.store import Store
+from robust.units import format_eps, format_percent
+
+# Okabe and Ito's colours, told apart by colour-blind readers too; black and orange are the worst case's and
+# the control's. Markers and dashes say the same again.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
+_CONTROL_COLOUR = "#E69F00"
+_MARKERS = "osD^vPX"
+_DASHES = ("-", "-.", ":")
+# Stands for the colour of text; inside the HTML it becomes that of the page, light or dark.
+_INK = "#010203"
+
+_NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes in points, which are the SVG's units."""
+
+    width: float
+    height: float
+    font: float
+    ticks: int  # at most so many labelled eps
+
+
+WIDE = Layout(width=720, height=400, font=13, ticks=11)
+NARROW = Layout(width=340, height=320, font=12, ticks=6)
+PAPER = Layout(width=460, height=300, font=10, ticks=9)
+
+
+def write_curve(store: Store, folder: Path) -> None:
+    """figures/curve.svg, a file that stands alone: black on nothing, its letters as outlines."""
+    svg = _svg(store.summary(), PAPER, fonttype="path", salt="paper")
+    write_text(folder / "figures" / "curve.svg", svg.replace(_INK, "#000000"))
+
+
+def inline_svg(summary: pd.DataFrame, layout: Layout, css_class: str) -> str:
+    """An <svg> for HTML, in the page's font and colour of text, naming nothing outside the page."""
+    # The salt keeps the ids of two of them on one page apart.
+    svg = _svg(summary, layout, fonttype="none", salt=css_class)
+    body = svg[svg.index(">", svg.index("<svg")) + 1 :]
+    body = body.replace("xlink:href", "href").replace(_INK, "currentColor")
+    height = _height(summary, layout)
+    return (
+        f'<svg class="{css_class}" viewBox="0 0 {layout.width:g} {height:g}" role="img" '
+        f'aria-label="{escape(describe(summary))}">{body}'
+    )
+
+
+def describe(summary: pd.DataFrame) -> str:
+    """The curve in words, for those who do not see it."""
+    worst = summary[summary.attack == WORST_CASE]
+    points = ", ".join(
+        f"{format_percent(row.robust_accuracy)} at {format_eps(row.eps, row.norm)}" for row in worst.itertuples()
+    )
+    clean = format_percent(float(worst.clean_accuracy.iloc[0]))
+    return f"Robust accuracy against eps: {clean} without an attack; in the worst case {points}."
+
+
+def _svg(summary: pd.DataFrame, layout: Layout, fonttype: str, salt: str) -> str:
+    with matplotlib.rc_context({"svg.fonttype": fonttype, "svg.hashsalt": salt, "font.size": layout.font}):
+        stream = io.StringIO()
+        _draw(summary, layout).savefig(stream, format="svg", transparent=True, metadata=_NO_METADATA)
+    return stream.getvalue()
+
+
+def _draw(summary: pd.DataFrame, layout: Layout) -> Figure:
+    figure = Figure(figsize=(layout.width / 72, _height(summary, layout) / 72), layout="constrained")
+    axes = figure.subplots()
+    for attack, style in _styles(summary):
+        eps, accuracy, low, high = _points(summary[summary.attack == attack])
+        # Nothing is clipped: a marker at 0 % or 100 % is drawn whole.
+        axes.fill_between(eps, low, high, color=style["color"], alpha=0.08, linewidth=0, clip_on=False)
+        axes.plot(eps, accuracy, label=attack_label(attack), clip_on=False, **style)
+    ticks = _ticks(sorted(summary.eps.unique()), layout.ticks)
+    norm = str(summary.norm.iloc[0])
+    axes.set(
+        xlim=(0, summary.eps.max()),
+        ylim=(0, 100),
+        xticks=ticks,
+        xticklabels=["0", *(format_eps(eps, norm) for eps in ticks[1:])],
+        yticks=range(0, 101, 20),
+        yticklabels=[f"{percent} %" for percent in range(0, 101, 20)],
+        xlabel="eps, the largest change of any pixel" if norm == "linf" else f"eps, the {norm} size of the change",
+        ylabel="robust accuracy",
+    )
+    axes.grid(color=_INK, alpha=0.13, linewidth=0.8)
+    axes.tick_params(length=0, pad=7, labelcolor=_INK)
+    axes.xaxis.label.set_color(_INK)
+    axes.yaxis.label.set_color(_INK)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set(color=_INK, alpha=0.5)
+    legend = figure.legend(
+        loc="outside upper left",
+        ncols=_legend_columns(summary, layout),
+        frameon=False,
+        labelcolor=_INK,
+        handlelength=2.6,
+        columnspacing=1.6,
+        borderaxespad=0.2,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return figure
+
+
+def _styles(summary: pd.DataFrame) -> Iterator[tuple[str, dict]]:
+    """Each attack with how its line is drawn: the worst case first, thick and beneath, so that none hides it."""
+    yield WORST_CASE, {"color": _INK, "linewidth": 6, "alpha": 0.35, "solid_capstyle": "round"}
+    attacks = [str(attack) for attack in summary.attack.unique() if attack not in (WORST_CASE, CONTROL)]
+    for k, attack in enumerate(attacks):
+        yield attack, {
+            "color": _COLOURS[k % len(_COLOURS)],
+            "marker": _MARKERS[k % len(_MARKERS)],
+            "linestyle": _DASHES[k // len(_COLOURS) % len(_DASHES)],
+            "linewidth": 2,
+            "markersize": 6,
+        }
+    if CONTROL in set(summary.attack):
+        yield CONTROL, {
+            "color": _CONTROL_COLOUR, "marker": "X", "linestyle": "--", "linewidth": 2, "markersize": 7,
+        }  # fmt: skip
+
+
+def _points(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(eps, accuracy, low, high) of one attack in percent, beginning at eps 0 with the clean accuracy."""
+    clean, n = float(rows.clean_accuracy.iloc[0]), int(rows.n.iloc[0])
+    start = np.array([[0.0, clean, *wilson(round(clean * n), n)]])
+    rows = rows.sort_values("eps")
+    table = np.concatenate([start, rows[["eps", "robust_accuracy", "ci_low", "ci_high"]].to_numpy(float)])
+    return table[:, 0], 100 * table[:, 1], 100 * table[:, 2], 100 * table[:, 3]
+
+
+def _ticks(eps: list[float], most: int) -> list[float]:
+    """0 and those of the measured eps, from the largest down, whose labels have room."""
+    room = eps[-1] / most
+    ticks: list[float] = []
+    for value in reversed(eps):
+        if value >= room and (not ticks or ticks[-1] - value >= room):
+            ticks.append(value)
+    return [0.0, *reversed(ticks)]
+
+
+def _legend_columns(summary: pd.DataFrame, layout: Layout) -> int:
+    """As many as fit. A column, filled from the top, is as wide as its longest label and the line before it."""
+    widths = [(0.6 * len(attack_label(attack)) + 5) * layout.font for attack, _ in _styles(summary)]
+    for columns in range(len(widths), 1, -1):
+        lines = -(-len(widths) // columns)
+        if sum(max(widths[top : top + lines]) for top in range(0, len(widths), lines)) <= layout.width:
+            return columns
+    return 1
+
+
+def _height(summary: pd.DataFrame, layout: Layout) -> float:
+    """Every line of the legend beyond the first makes the figure taller, not the curve smaller."""
+    lines = -(-summary.attack.nunique() // _legend_columns(summary, layout))
+    return layout.height + (lines - 1) * 1.6 * layout.font

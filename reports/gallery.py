@@ -1,0 +1,109 @@
+"""Which attacked images the report shows, and how their perturbations are drawn."""
+
+import base64
+import io
+import math
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from reports.answer import headline, strongest
+from robust.store import Clean, Picture, Store
+from robust.units import format_distance, format_eps
+
+MOST = 12
+
+_LEVEL = 1 / 255  # of an 8-bit channel: the unit of a change where eps is none
+
+# In the order in which they are shown.
+ROLES = {
+    "smallest": "Smallest change",
+    "typical": "Median change",
+    "confident": "Most confident error",
+    "withstood": "Withstood",
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture of the report: what it is, and what its attack made of it."""
+
+    picture: Picture
+    clean: Clean
+    norm: str
+
+    @property
+    def scale(self) -> float:
+        """What the drawn perturbation, in [-1, 1], is multiplied by to give the true one."""
+        return self.picture.eps if self.norm == "linf" else self.picture.distance_linf
+
+    @property
+    def scale_label(self) -> str:
+        return format_eps(self.scale, "linf") if self.norm == "linf" else format_distance(self.scale, "linf", _LEVEL)
+
+    @property
+    def factor(self) -> str:
+        """How much stronger than it is the perturbation is drawn."""
+        return f"× {1 / (2 * self.scale):.3g} for the eye" if self.scale else "no change"
+
+    @property
+    def size(self) -> str:
+        """The true size of the perturbation, in words."""
+        eps = self.picture.eps if self.norm == "linf" else _LEVEL
+        largest = format_distance(self.picture.distance_linf, "linf", eps)
+        return f"at most {largest} a pixel (linf), l2 {self.picture.distance_l2:.3g}"
+
+    @property
+    def perturbation(self) -> np.ndarray:
+        """(C, H, W) in [0, 1]: 0.5 + δ / (2 eps); in l2, where eps bounds no pixel, the largest fills the range."""
+        delta = self.picture.x_adv - self.picture.x
+        return np.clip(0.5 + delta / (2 * self.scale or 1), 0, 1)
+
+
+def choose(store: Store, samples: pd.DataFrame, summary: pd.DataFrame) -> list[Example]:
+    """At most `MOST` examples by the rule of `rule`, no image twice: the first of each role, then the second, ..."""
+    attack, row = strongest(summary), headline(summary)
+    median = _median_l2(samples, attack)
+    pictures = [picture for picture in store.pictures() if picture.attack == attack and len(picture.x) in (1, 3)]
+    by_role = {role: [picture for picture in pictures if picture.role == role] for role in ROLES}
+    by_role["typical"].sort(key=lambda picture: abs(picture.distance_l2 - median))
+    by_role["withstood"] = [picture for picture in by_role["withstood"] if picture.eps == row.eps]
+    chosen: dict[int, Picture] = {}
+    for rank in zip_longest(*by_role.values()):
+        for picture in rank:
+            if picture is not None:
+                chosen.setdefault(picture.position, picture)
+    return [Example(picture, store.clean(picture.position, 1)[0], row.norm) for picture in chosen.values()][:MOST]
+
+
+def rule(samples: pd.DataFrame, summary: pd.DataFrame) -> str:
+    """The rule by which `choose` chooses, as it is printed."""
+    attack, row = strongest(summary), headline(summary)
+    median = _median_l2(samples, attack)
+    return (
+        f"Chosen by rule, not by beauty, from {attack}, the attack that leaves the fewest images at "
+        f"{format_eps(row.eps, row.norm)}: those with the smallest change in l2; of some drawn at random, those nearest "
+        f"to the median change{'' if math.isnan(median) else f' (l2 {median:.3g})'}; those with the most confident "
+        "wrong answer; and some drawn at random that withstood it. No image is shown twice."
+    )
+
+
+def _median_l2(samples: pd.DataFrame, attack: str) -> float:
+    """The median l2 size of the attack's successes, each image once; NaN where it has none."""
+    rows = samples[(samples.attack == attack) & (samples.eps == samples.eps.max()) & samples.success]
+    return float(rows.distance_l2.median())
+
+
+def png(image: np.ndarray) -> bytes:
+    """(C, H, W) in [0, 1], C 1 or 3, as the bytes of an 8-bit PNG at native resolution."""
+    levels = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(levels[0] if len(levels) == 1 else levels.transpose(1, 2, 0)).save(stream, "PNG", optimize=True)
+    return stream.getvalue()
+
+
+def data_uri(image: np.ndarray) -> str:
+    return "data:image/png;base64," + base64.b64encode(png(image)).decode()

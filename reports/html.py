@@ -1,0 +1,156 @@
+"""report.html: one file for people, with no reference to anything outside it."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
+from reports.answer import answer, attack_label, headline, verdict
+from reports.breakdown import confusions, per_class
+from reports.curve import NARROW, WIDE, inline_svg
+from reports.files import write_text
+from reports.gallery import ROLES, Example, choose, data_uri, rule
+from reports.jsonreport import data_fingerprint
+from robust import units
+from robust.diagnostics import CONTROL
+from robust.statistics import WORST_CASE, summarize, wilson
+from robust.store import Store
+
+LIMIT = 5_000_000  # bytes
+CONFUSIONS_SHOWN = 12
+SMALL = 100  # pixels: below, an image is drawn enlarged and with its pixels to be seen
+
+
+def write_html(store: Store, folder: Path) -> None:
+    """As many examples as fit under `LIMIT`, the last ones left out first."""
+    samples = store.samples()
+    summary = summarize(samples, store.seconds())
+    class_names = store.details.get("class_names")
+    chosen = choose(store, samples, summary)
+    examples = [_example(example, class_names) for example in chosen]
+    template = _environment(class_names).get_template("report.html.j2")
+    context = _context(store, samples, summary)
+    for count in range(len(examples), -1, -1):
+        shown = sorted(examples[:count], key=lambda example: list(ROLES).index(example["role"]))
+        text = template.render(context, examples=shown)
+        if len(text.encode()) < LIMIT or not count:
+            break
+    write_text(folder / "report.html", text)
+
+
+def _environment(class_names: Sequence[str] | None) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("reports"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": units.format_percent,
+        "eps": units.format_eps,
+        "count": units.format_count,
+        "seconds": units.format_seconds,
+        "attack": attack_label,
+        "said": _said,
+        "class": lambda label: units.format_class(label, class_names),
+        # A number and its percent sign stay on one line.
+        "nobreak": lambda text: str(text).replace(" %", "\u00a0%"),
+    }
+    environment.globals |= {"interval": units.format_interval, "distance": units.format_distance}
+    return environment
+
+
+def _context(store: Store, samples: pd.DataFrame, summary: pd.DataFrame) -> dict[str, Any]:
+    identity, details, row = store.identity, store.details, headline(summary)
+    findings = store.findings()
+    level, reason = verdict(findings)
+    correct = round(row.clean_accuracy * row.n)
+    confused = confusions(samples, row.eps)
+    skipped = details.get("skipped_images") or 0
+    return {
+        "answer": answer(store, summary),
+        "level": level,
+        "reason": reason,
+        "model": identity.get("model", {}),
+        "data": {**identity.get("data", {}), "fingerprint": data_fingerprint(store)},
+        "options": identity.get("options", {}),
+        "details": details,
+        "skipped": skipped if isinstance(skipped, int) else len(skipped),
+        "row": row,
+        "clean": {"correct": correct, "interval": wilson(correct, int(row.n))},
+        "curves": [Markup(inline_svg(summary, WIDE, "wide")), Markup(inline_svg(summary, NARROW, "narrow"))],
+        "attacks": list(_by_attack(summary)),
+        "control": _at(summary, CONTROL, row.eps),
+        "rule": rule(samples, summary),
+        "classes": per_class(samples, row.eps).to_dict("records"),
+        "confusions": confused.head(CONFUSIONS_SHOWN).to_dict("records"),
+        "confusions_hidden": max(0, len(confused) - CONFUSIONS_SHOWN),
+        "findings": findings,
+        "efforts": list(_efforts(summary, details.get("attacks") or [])),
+        "twin": store.twin_disagreements(),
+    }
+
+
+def _by_attack(summary: pd.DataFrame) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """(attack, its rows), the worst case first and the control last."""
+    rank = {WORST_CASE: -1, CONTROL: 1}
+    for attack in sorted(summary.attack.unique(), key=lambda attack: rank.get(attack, 0)):
+        rows = summary[summary.attack == attack].to_dict("records")
+        yield attack, [{**row, "robust": round(row["robust_accuracy"] * row["n"])} for row in rows]
+
+
+def _at(summary: pd.DataFrame, attack: str, eps: float) -> dict[str, Any] | None:
+    rows = summary[(summary.attack == attack) & (summary.eps == eps)].to_dict("records")
+    return {**rows[0], "robust": round(rows[0]["robust_accuracy"] * rows[0]["n"])} if rows else None
+
+
+def _efforts(summary: pd.DataFrame, described: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What each attack is, and what it cost."""
+    known = {attack["name"]: attack for attack in described}
+    for attack, rows in summary[summary.attack != WORST_CASE].groupby("attack", sort=False):
+        seconds, n = float(rows.seconds.sum()), int(rows.n.iloc[0])
+        yield {
+            "description": "",
+            "source": "",
+            "parameters": {},
+            **known.get(str(attack), {}),
+            "name": attack,
+            "forwards": int(rows.forwards.sum()),
+            "gradients": int(rows.gradients.sum()),
+            "seconds": seconds,
+            "speed": f"{n / seconds:,.3g}" if seconds else "–",
+        }
+
+
+def _said(value: Any, key: str, norm: str) -> str:
+    """An option as text."""
+    if isinstance(value, list | tuple):
+        return " ".join(units.format_eps(item, norm) if key == "eps" else str(item) for item in value)
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def _example(example: Example, class_names: Sequence[str] | None) -> dict[str, Any]:
+    picture, clean = example.picture, example.clean
+    width = picture.x.shape[-1]
+    zoom = max(1, 128 // width) if width < SMALL else 1
+    return {
+        "role": picture.role,
+        "title": ROLES[picture.role],
+        "id": clean.sample_id,
+        "scale": example.scale_label,
+        "factor": example.factor,
+        "size": example.size,
+        "small": width < SMALL,
+        "width": width * zoom,
+        "height": picture.x.shape[-2] * zoom,
+        "before": units.format_class(clean.clean_pred, class_names),
+        "before_confidence": units.format_percent(clean.clean_confidence),
+        "after": units.format_class(picture.adv_pred, class_names),
+        "after_confidence": units.format_percent(picture.adv_confidence),
+        "x": Markup(data_uri(picture.x)),
+        "perturbation": Markup(data_uri(example.perturbation)),
+        "x_adv": Markup(data_uri(picture.x_adv)),
+    }

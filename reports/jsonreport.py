@@ -1,0 +1,53 @@
+"""report.json: the run for programs. Strict JSON: what is not a number is null."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from reports.answer import answer, verdict
+from reports.files import write_text
+from robust.store import SCHEMA_VERSION, Store
+
+
+def write_json(store: Store, folder: Path) -> None:
+    identity, details, summary, findings = store.identity, store.details, store.summary(), store.findings()
+    level, reason = verdict(findings)
+    refuted, overlooked = store.twin_disagreements()
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "answer": answer(store, summary),
+        "verdict": {"level": level, "reason": reason},
+        "command": details.get("command"),
+        "environment": details.get("environment"),
+        "model": identity.get("model"),
+        "data": {
+            **identity.get("data", {}),
+            "fingerprint": data_fingerprint(store),
+            "skipped_images": details.get("skipped_images"),
+        },
+        "options": identity.get("options"),
+        "attacks": details.get("attacks"),
+        "summary": summary.to_dict("records"),
+        "findings": [asdict(finding) for finding in findings],
+        "twin": {"description": details.get("twin"), "refuted": refuted, "overlooked": overlooked},
+        "started": details.get("started"),
+        "finished": details.get("finished"),
+    }
+    text = json.dumps(_strict(report), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(folder / "report.json", text + "\n")
+
+
+def data_fingerprint(store: Store) -> str | None:
+    """That of the data as they were read; of a stream it is known at the end of the run only."""
+    return store.details.get("data_fingerprint") or store.identity.get("data", {}).get("fingerprint")
+
+
+def _strict(value: Any) -> Any:
+    """`value` with None for NaN and infinity, for which JSON has no words."""
+    if isinstance(value, dict):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

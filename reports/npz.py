@@ -1,0 +1,48 @@
+"""adversarials.npz: the verified successes as arrays, if the run saved them."""
+
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import numpy as np
+
+from reports.files import replacing
+from robust.errors import InputError
+from robust.store import Store
+
+
+def write_npz(store: Store, folder: Path) -> None:
+    """x and x_adv (N, C, H, W) float32 in [0, 1], labels (N,) int64, ids and attacks (N,) text.
+
+    Images go from the store to the file one at a time. InputError where they are not of one size.
+    """
+    labels, ids, attacks, shapes = [], [], [], set()
+    for clean, attack, x, _ in store.adversarials():
+        labels.append(clean.label)
+        ids.append(clean.sample_id)
+        attacks.append(attack)
+        shapes.add(x.shape)
+    if not shapes:
+        return
+    if len(shapes) > 1:
+        raise InputError("adversarials.npz needs images of one size; run without --save-adversarials")
+    shape = (len(ids), *shapes.pop())
+    with replacing(folder / "adversarials.npz") as stream, zipfile.ZipFile(stream, "w") as archive:
+        _add(archive, "x", shape, np.float32, (x for _, _, x, _ in store.adversarials()))
+        _add(archive, "x_adv", shape, np.float32, (x_adv for _, _, _, x_adv in store.adversarials()))
+        for name, column in (("labels", np.array(labels, np.int64)), ("ids", np.array(ids)), ("attacks", np.array(attacks))):
+            _add(archive, name, column.shape, column.dtype, [column])
+
+
+def _add(
+    archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: type | np.dtype, parts: Iterable[np.ndarray]
+) -> None:
+    """Append an array to the archive, part by part."""
+    # A ZipInfo of its own has a fixed date, so that the same run makes the same bytes.
+    with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+        descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+        header = {"descr": descr, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_2_0(cast(BinaryIO, member), header)
+        for part in parts:
+            member.write(part.tobytes())

@@ -1,0 +1,117 @@
+"""Any Python iterable of (x, y) as a data set: what `robust.run(model, data)` is given."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from robust.data.sample import Dataset, Sample
+from robust.data.source import float32, require_labels, require_pixels, require_same_size
+from robust.errors import InputError
+
+
+def from_batches(
+    data: Iterable[Any],
+    *,
+    num_classes: int | None = None,
+    name: str = "data",
+    class_names: tuple[str, ...] | None = None,
+) -> Dataset:
+    """Samples from an iterable of batches (x, y), x (N, C, H, W) and y (N,); of single samples, x (C, H, W) and
+    y an integer, as torchvision's data sets are; or from one pair (x, y) of whole arrays.
+
+    x is float in [0, 1], y integers below `num_classes` (where that is known); both tensors or arrays. Items are
+    read as they are asked for, and an iterator only once: InputError on a second pass, and wherever an item is
+    not as said here.
+    """
+    return _Batches(data, num_classes, name, class_names)
+
+
+class _Batches:
+    def __init__(self, data: Iterable[Any], num_classes: int | None, name: str, class_names: tuple[str, ...] | None):
+        if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+            raise InputError(f"data must be an iterable of (x, y), not {type(data).__name__}")
+        self.name = name
+        self.class_names = class_names
+        self.skipped: list[str] = []
+        self._num_classes = num_classes
+        self._items: Any = [data] if _is_pair_of_arrays(data) else data
+        self._spent = False
+        self.size = _size(self._items)
+
+    def __iter__(self) -> Iterator[Sample]:
+        if self._spent:
+            raise InputError(f"{self.name} is an iterator, which is read once: give a list or a DataLoader")
+        self._spent = isinstance(self._items, Iterator)
+        first: Sample | None = None
+        for position, (x, y) in enumerate(_pairs(self._items, self.name)):
+            sample = Sample(f"{position:05d}", x, y, hashlib.sha256(x.numpy().tobytes()).hexdigest())
+            first = first or sample
+            require_pixels(x, f"sample {sample.id} of {self.name}")
+            require_same_size(sample, first)
+            if self._num_classes is not None:
+                require_labels([y], [sample.id], self._num_classes)
+            yield sample
+
+
+def _pairs(items: Any, name: str) -> Iterator[tuple[Tensor, int]]:
+    # A map-style torch data set need not say how to iterate over it, nor raise IndexError at its end.
+    each = items if hasattr(items, "__iter__") else (items[i] for i in range(len(items)))
+    for number, item in enumerate(each):
+        where = f"item {number} of {name}"
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise InputError(f"{where} is not a pair (x, y)")
+        x, y = item
+        if not _is_array(x):
+            raise InputError(
+                f"x of {where} is a {type(x).__name__}: give a tensor or an array, for images with the "
+                "transform torchvision.transforms.ToTensor()"
+            )
+        labels = np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y)
+        _check_item(x, labels, where)
+        if x.ndim == 3:
+            x, labels = x[None], labels[None]
+        for row, label in zip(x, labels, strict=True):
+            yield _pixels(row), int(label)
+
+
+def _check_item(x: Tensor | np.ndarray, y: np.ndarray, where: str) -> None:
+    shape = tuple(x.shape)
+    if x.ndim not in (3, 4):
+        raise InputError(f"x of {where} has shape {shape}: give batches (N, C, H, W) or images (C, H, W)")
+    if not (x.is_floating_point() if isinstance(x, Tensor) else x.dtype.kind == "f"):
+        raise InputError(f"x of {where} is {x.dtype}: give floats in [0, 1], such as 8-bit values divided by 255")
+    if y.dtype.kind not in "iu" or y.shape != shape[:-3]:
+        wanted = f"integers ({shape[0]},)" if x.ndim == 4 else "one integer"
+        raise InputError(f"y of {where} is {y.dtype} {y.shape} and x is {shape}: y must be {wanted}")
+
+
+def _pixels(row: Tensor | np.ndarray) -> Tensor:
+    # Copied: a loader may use the memory of one batch again for the next.
+    if isinstance(row, Tensor):
+        return row.detach().to("cpu", torch.float32, copy=True).contiguous()
+    return float32(row)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray)
+
+
+def _is_pair_of_arrays(data: Any) -> bool:
+    return isinstance(data, tuple | list) and len(data) == 2 and all(map(_is_array, data))
+
+
+def _size(items: Any) -> int | None:
+    """How many samples there are at most, where that is known without reading them."""
+    if isinstance(items, DataLoader):
+        items = items.dataset
+    if isinstance(items, TorchDataset):
+        return len(items) if hasattr(items, "__len__") else None
+    if isinstance(items, list | tuple):
+        return sum(len(item[0]) if getattr(item[0], "ndim", 0) == 4 else 1 for item in items)
+    return None

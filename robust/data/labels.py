@@ -1,0 +1,118 @@
+"""Which class a name means: a class name of the model, one of its synonyms, or a WordNet id."""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+from robust.errors import InputError, unknown
+from robust.models import imagenet
+from robust.models.model import Model
+
+WNID = re.compile(r"n\d{8}")
+
+
+class ClassIndex:
+    """Looks names up among a model's classes.
+
+    Case, hyphens and underscores do not matter unless they tell two classes apart (ImageNet has a "Cardigan", a
+    dog, and a "cardigan"). A name may be a list of synonyms, "giant panda, panda, coon bear"; the whole of one
+    class's name goes before a synonym of another's.
+    """
+
+    def __init__(self, model: Model):
+        self._exact: defaultdict[str, set[int]] = defaultdict(set)
+        self._folded: defaultdict[str, set[int]] = defaultdict(set)
+        self._synonyms: defaultdict[str, set[int]] = defaultdict(set)
+        for index, name in enumerate(model.class_names or ()):
+            self._exact[name].add(index)
+            self._folded[_folded(name)].add(index)
+            for synonym in name.split(","):
+                self._synonyms[_folded(synonym)].add(index)
+        self._wnids = {wnid: index for index, wnid in enumerate(wnids_of(model) or ())}
+
+    @property
+    def has_wnids(self) -> bool:
+        return bool(self._wnids)
+
+    def find(self, name: str) -> list[int]:
+        """Every class that the name can mean: none, one, or (an ambiguous name) several."""
+        if name in self._wnids:
+            return [self._wnids[name]]
+        folded = _folded(name)
+        return sorted(self._exact.get(name) or self._folded.get(folded) or self._synonyms.get(folded) or ())
+
+
+def wnids_of(model: Model) -> tuple[str, ...] | None:
+    """ImageNet's WordNet ids in label order, for a model of its 1000 classes; else None."""
+    if model.wnids is None and model.num_classes == imagenet.NUM_CLASSES:
+        return imagenet.wnids()
+    return model.wnids
+
+
+def label_of(name: str, model: Model) -> int:
+    """The class that a person names: by index, name or wnid."""
+    if name.isdecimal() and int(name) < model.num_classes:
+        return int(name)
+    matches = ClassIndex(model).find(name)
+    if len(matches) > 1:
+        raise InputError(f"label {name!r} names the classes {_listed(matches)}: give the number of one")
+    if not matches and model.class_names is None:
+        raise InputError(f"{model.name} has no class names: give --label as a number, 0 .. {model.num_classes - 1}")
+    if not matches:
+        synonyms = [synonym.strip() for known in model.class_names or () for synonym in known.split(",")]
+        raise unknown("label", name, synonyms)
+    return matches[0]
+
+
+def folder_labels(folders: Sequence[str], model: Model, where: str) -> tuple[list[int], tuple[str, ...] | None]:
+    """The label of each class folder, given by name; InputError unless every one has exactly one.
+
+    Wnids give ImageNet's indices, other names those of the model's classes. Where the model has no class
+    names, the folders in alphabetical order are 0 .. K-1, and K must be the model's number of classes; then
+    they are its class names, the second thing returned.
+    """
+    any_wnid = any(map(WNID.fullmatch, folders))
+    if not any_wnid and model.class_names is None:
+        return _alphabetical(folders, model, where)
+    index = ClassIndex(model)
+    if any_wnid and model.class_names is None and not index.has_wnids:
+        raise InputError(
+            f"{where} has folders named by ImageNet wnids, and the {model.num_classes} classes of {model.name} "
+            "are not ImageNet's: give a model of its 1000 classes, or name the folders by the model's own"
+        )
+    found = {folder: index.find(folder) for folder in folders}
+    if lost := [folder for folder, matches in found.items() if not matches]:
+        raise InputError(
+            f"{len(lost)} of the {len(folders)} folders of {where} are no class of {model.name}: "
+            f"{_listed(lost)}; name the folders by the model's classes{' or by wnids' if index.has_wnids else ''}"
+        )
+    for folder, matches in found.items():
+        if len(matches) > 1:
+            raise InputError(
+                f"folder {folder} of {where} is ambiguous: the classes {_listed(matches)} of {model.name} all "
+                f"have that name; {'use the wnid' if index.has_wnids else 'rename the classes'}"
+            )
+    return [matches[0] for matches in found.values()], None
+
+
+def _alphabetical(folders: Sequence[str], model: Model, where: str) -> tuple[list[int], tuple[str, ...]]:
+    if len(folders) != model.num_classes:
+        raise InputError(
+            f"{where} has {len(folders)} class folders and {model.name} has {model.num_classes} classes without "
+            "names: their order cannot be matched; give one folder for each class, empty ones included"
+        )
+    order = sorted(folders)
+    if all(map(str.isdecimal, folders)) and order != sorted(folders, key=int):
+        raise InputError(
+            f"the folders of {where} are numbers whose alphabetical order ({_listed(order)}) is not that of the "
+            "numbers: rename them with leading zeros"
+        )
+    return [order.index(folder) for folder in folders], tuple(order)
+
+
+def _folded(name: str) -> str:
+    return " ".join(re.split(r"[\s_-]+", name.strip().casefold()))
+
+
+def _listed(items: Sequence[object]) -> str:
+    return ", ".join(map(str, items[:4])) + (", ..." if len(items) > 4 else "")

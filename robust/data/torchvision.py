@@ -1,0 +1,110 @@
+"""torchvision's classification sets by name, their test split (val where that is the labelled one).
+
+Nothing is downloaded. torchvision looks for the files under --data-root, in the layout that its download=True
+makes.
+"""
+
+import hashlib
+from inspect import signature
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from robust.data import classes
+from robust.data.images import decode, pixels, read_file
+from robust.data.source import Request, Source, row_ids
+from robust.errors import InputError
+from robust.models.model import Model
+
+
+class Set(NamedTuple):
+    cls: str  # in torchvision.datasets
+    split: dict[str, Any]
+    num_classes: int
+    labels: str = ""  # the attribute with the labels, of a set that is held in memory whole
+    class_names: tuple[str, ...] | None = None
+
+
+TEST, VAL, NOT_TRAIN = {"split": "test"}, {"split": "val"}, {"train": False}
+SETS = {
+    # Arrays
+    "cifar10": Set("CIFAR10", NOT_TRAIN, 10, "targets", classes.CIFAR10),
+    "cifar100": Set("CIFAR100", NOT_TRAIN, 100, "targets", classes.CIFAR100),
+    "fashionmnist": Set("FashionMNIST", NOT_TRAIN, 10, "targets", classes.FASHION_MNIST),
+    "kmnist": Set("KMNIST", NOT_TRAIN, 10, "targets"),
+    "mnist": Set("MNIST", NOT_TRAIN, 10, "targets", classes.MNIST),
+    "stl10": Set("STL10", TEST, 10, "labels"),
+    "svhn": Set("SVHN", TEST, 10, "labels", classes.MNIST),
+    "usps": Set("USPS", NOT_TRAIN, 10, "targets", classes.MNIST),
+    # Image files
+    "country211": Set("Country211", TEST, 211),
+    "dtd": Set("DTD", TEST, 47),
+    "fgvcaircraft": Set("FGVCAircraft", TEST, 100),
+    "flowers102": Set("Flowers102", TEST, 102),
+    "food101": Set("Food101", TEST, 101),
+    "imagenet": Set("ImageNet", VAL, 1000),
+    "imagenette": Set("Imagenette", VAL, 10),
+    "places365": Set("Places365", VAL, 365),
+}
+
+
+def accepts(spec: str) -> bool:
+    return spec.lower() in SETS
+
+
+def load(request: Request) -> Source:
+    name, model = request.spec.lower(), request.model
+    entry = SETS[name]
+    if model.num_classes != entry.num_classes:
+        raise InputError(f"{name} has {entry.num_classes} classes and {model.name} has {model.num_classes}")
+    if request.data_root is None:
+        raise InputError(
+            f"{name} is a data set of torchvision: name the folder that holds it with --data-root "
+            f"(an image folder of this name is ./{name})"
+        )
+    root = request.data_root.expanduser()
+    held = _open(entry, root)
+    return _in_memory(held, entry, model) if entry.labels else _in_files(held, root, model)
+
+
+def _open(entry: Set, root: Path) -> Any:
+    import torchvision.datasets
+
+    cls = getattr(torchvision.datasets, entry.cls)
+    # In place of a loader, str leaves an image file's path: the file is decoded here, as any other is.
+    loader = {} if entry.labels else {"loader": str}
+    try:
+        return cls(root, **entry.split, **loader)
+    except (RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0].partition(" You can ")[0].rstrip(".")
+        way = f"see torchvision's documentation of {entry.cls}, or give a folder of its images: --data DIR"
+        if "download" in signature(cls).parameters:
+            way = f"torchvision.datasets.{entry.cls}({str(root)!r}, download=True) fetches it"
+        raise InputError(f"{entry.cls} is not under --data-root {root} ({reason}); {way}") from None
+
+
+def _in_memory(held: Any, entry: Set, model: Model) -> Source:
+    def read(row: int) -> tuple[Tensor, str]:
+        image, _ = held[row]
+        return pixels(image, f"{entry.cls}[{row}]", model), hashlib.sha256(image.tobytes()).hexdigest()
+
+    labels = [int(label) for label in getattr(held, entry.labels)]
+    return Source(row_ids(len(held)), labels, read, entry.class_names or _class_names(held))
+
+
+def _in_files(held: Any, root: Path, model: Model) -> Source:
+    pairs = [held[position] for position in range(len(held))]
+    paths = [Path(path) for path, _ in pairs]
+
+    def read(position: int) -> tuple[Tensor, str]:
+        raw = read_file(paths[position])
+        return decode(raw, str(paths[position]), model), hashlib.sha256(raw).hexdigest()
+
+    ids = [path.relative_to(root).as_posix() for path in paths]
+    return Source(ids, [int(label) for _, label in pairs], read, _class_names(held))
+
+
+def _class_names(held: Any) -> tuple[str, ...] | None:
+    names = getattr(held, "classes", ())
+    return tuple(name if isinstance(name, str) else ", ".join(name) for name in names) or None

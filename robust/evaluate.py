@@ -1,0 +1,203 @@
+"""python -m robust.evaluate: attack a model, say how its accuracy falls, leave CSV and HTML."""
+
+import re
+import shlex
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from robust import cli
+from robust.errors import InputError
+from robust.options import DEFAULT_ATTACKS, Options, parse_eps, parse_names, parse_number
+
+_MODEL, _DATA, _ATTACK, _RUN = "Model", "Data", "Attack", "Run"
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="torchvision name, [bold]torchvision:NAME@WEIGHTS[/], [bold]timm:NAME[/], the bundled "
+            "efficientnet_lite0, or [bold]file.py:factory[/] (module:factory).",
+            rich_help_panel=_MODEL,
+        ),
+    ] = "efficientnet_lite0",
+    weights: Annotated[
+        Path | None, typer.Option(help="State dict for the model: .pth or .safetensors.", rich_help_panel=_MODEL)
+    ] = None,
+    input_size: Annotated[
+        int | None,
+        typer.Option(help="Side of the square images that the model takes, in pixels.", rich_help_panel=_MODEL),
+    ] = None,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="samples (20 images that foolbox ships), a folder or .zip of class folders, an .npz with x and y, "
+            "an image file (with --label), or a torchvision data set by name.",
+            rich_help_panel=_DATA,
+        ),
+    ] = "samples",
+    label: Annotated[
+        str | None, typer.Option(help="Class of a single image: name, index or wnid.", rich_help_panel=_DATA)
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Where torchvision's data sets lie.", rich_help_panel=_DATA)
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Use a class-balanced subset of N images, drawn from the seed.", rich_help_panel=_DATA),
+    ] = None,
+    skip_bad_images: Annotated[
+        bool, typer.Option("--skip-bad-images", help="Leave unreadable images out, and count them.",
+                           rich_help_panel=_DATA)
+    ] = False,
+    attack: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"{', '.join(DEFAULT_ATTACKS)} (the default: all three), or any of foolbox's as "
+            "[bold]foolbox:CLASS[/]. Repeat it, or separate by commas.",
+            rich_help_panel=_ATTACK,
+        ),
+    ] = None,
+    norm: Annotated[str, typer.Option(help="linf or l2.", rich_help_panel=_ATTACK)] = "linf",
+    eps: Annotated[
+        str | None,
+        typer.Option(
+            help="Radius in pixels of \\[0, 1], such as 8/255; several by commas cost little more than one. "
+            "Default: a few that suit the images.",
+            rich_help_panel=_ATTACK,
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of iterative attacks. Default: the attack's own, 40 for pgd.",
+                                 rich_help_panel=_ATTACK)
+    ] = None,
+    step_size: Annotated[
+        str | None,
+        typer.Option(help="Step as a fraction of eps. Default: 4 / steps.", rich_help_panel=_ATTACK),
+    ] = None,
+    restarts: Annotated[
+        int, typer.Option(help="Random starts tried on an image that still stands.", rich_help_panel=_ATTACK)
+    ] = 1,
+    random_start: Annotated[
+        bool, typer.Option(help="Begin at a random point of the ball, or at the image.", rich_help_panel=_ATTACK)
+    ] = True,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Reach this class (name or index), rather than any wrong one.", rich_help_panel=_ATTACK),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images evaluated at once.", rich_help_panel=_RUN)] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...", rich_help_panel=_RUN)] = "auto",
+    seed: Annotated[int, typer.Option(help="Of every random number.", rich_help_panel=_RUN)] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The run directory. Default: runs/MODEL-DATE-TIME.", rich_help_panel=_RUN),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the interrupted run in --output.", rich_help_panel=_RUN)
+    ] = False,
+    save_adversarials: Annotated[
+        bool,
+        typer.Option("--save-adversarials", help="Keep every adversarial, in adversarials.npz.", rich_help_panel=_RUN),
+    ] = False,
+    list_models: Annotated[
+        bool, typer.Option("--list-models", help="Print the names that --model knows, and stop.", rich_help_panel=_RUN)
+    ] = False,
+    list_attacks: Annotated[
+        bool, typer.Option("--list-attacks", help="Print the names that --attack knows, and stop.",
+                           rich_help_panel=_RUN)
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.", rich_help_panel=_RUN)] = False,
+) -> int:  # fmt: skip
+    """Attack an image classifier and report its accuracy under perturbation.
+
+    Without options it evaluates the bundled network on the bundled images, offline, in a minute or two.
+    Pixels are in \\[0, 1]; eps is in that unit. Exit codes: 0 done, 1 an attack failed, 2 wrong input, 130
+    interrupted.
+    """
+    if list_models or list_attacks:
+        _print_names(list_models)
+        return 0
+    options = Options(
+        attacks=parse_names(attack or DEFAULT_ATTACKS),
+        norm=norm,
+        eps=() if eps is None else parse_eps(eps),
+        steps=steps,
+        step_size=None if step_size is None else parse_number(step_size, "step_size"),
+        restarts=restarts,
+        random_start=random_start,
+        target=target,
+        batch_size=batch_size,
+        limit=limit,
+        seed=seed,
+        device=device,
+        save_adversarials=save_adversarials,
+    )
+    if resume and output is None:
+        raise InputError("--resume needs the --output of the run to continue")
+    # Late, so that --help does not wait for pandas and torch.
+    from robust.store import FILENAME
+
+    output = output or Path("runs") / f"{_slug(model)}-{datetime.now():%Y%m%d-%H%M%S}"
+    if not resume and (output / FILENAME).exists():
+        raise InputError(f"{output} already holds a run: continue it with --resume, or name another --output")
+
+    from reports import write_reports
+    from reports.terminal import plain_lines, summary_table
+    from robust.api import execute
+    from robust.data import load_data
+    from robust.models import load_model
+    from robust.progress import Meter
+
+    loaded = load_model(model, weights, input_size)
+    dataset = load_data(
+        data, loaded, limit=limit, seed=seed, label=label, data_root=data_root, skip_bad_images=skip_bad_images
+    )
+    console = Console()
+    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    if "--output" not in " ".join(arguments):
+        arguments += ["--output", str(output)]
+    command = shlex.join(["python", "-m", "robust.evaluate", *arguments])
+    total = None if dataset.size is None else dataset.size * len(options.attacks)
+    try:
+        with Meter(console, total, quiet) as meter:
+            run = execute(loaded, dataset, options, output, resume, command, meter)
+        write_reports(run.store, output)
+    except KeyboardInterrupt:
+        print(f"interrupted; what is done is kept. To go on: {command} --resume", file=sys.stderr)
+        return 130
+    if not quiet:
+        if console.is_terminal:
+            console.print(summary_table(run.store))
+        else:
+            print(*plain_lines(run.store), sep="\n")
+        print(run.answer)
+        print(f"Report: {output / 'report.html'}")
+    failed = run.store.details.get("failed_attacks", {})
+    for message in failed.values():
+        print(f"error: {message}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _print_names(models: bool) -> None:
+    if models:
+        from robust.models import list_models
+
+        for source, names in list_models().items():
+            print(f"{source}:", *names, sep="\n  ")
+    else:
+        from attacks import names
+
+        print(*names(), sep="\n")
+
+
+def _slug(model: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.@-]+", "-", model).strip("-.")
+
+
+if __name__ == "__main__":
+    cli.main(evaluate)

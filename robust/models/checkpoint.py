@@ -1,0 +1,101 @@
+"""State dicts from files: read without running any code from them, and loaded strictly."""
+
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
+from robust.errors import InputError
+from robust.models.probe import describe
+
+CONTAINERS = ("state_dict", "model_state_dict", "model")  # under which training scripts keep the state dict
+WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a .pth, .pt or .bin read with weights_only=True.
+
+    InputError for a file that is missing, corrupt or no state dict, and for one that needs unpickling.
+    """
+    if not path.is_file():
+        raise InputError(f"no file of weights at {path}")
+    try:
+        state = _read(path)
+    except Exception as error:  # the readers raise KeyError, EOFError, struct.error, ... for corrupt files
+        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
+            raise InputError(
+                f"{path} needs unpickling ({wanted[1]}) and is refused, as that can run code from the file: "
+                "save the model's state_dict() with torch.save, or as .safetensors"
+            ) from error
+        if "TorchScript" in str(error):
+            raise InputError(f"{path} is a TorchScript program: save the model's state_dict()") from error
+        raise InputError(f"{path} is corrupt or no checkpoint: download or save it again") from error
+    for key in CONTAINERS:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"{path} holds no state dict (names to tensors): save the model's state_dict()")
+    for prefix in WRAPPERS:
+        if all(name.startswith(prefix) for name in state):
+            consume_prefix_in_state_dict_if_present(state, prefix)
+    return state
+
+
+def load_into(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Load `state`, read from `path`, all of it; InputError names the first few tensors that do not fit."""
+    wrong = [
+        f"{name} {_shape(state[name])} instead of {_shape(tensor)}"
+        for name, tensor in module.state_dict().items()
+        if name in state and _shape(state[name]) != _shape(tensor)
+    ]
+    if wrong:
+        raise _misfit(module, path, {"of the wrong shape": wrong})
+    try:
+        missing, unexpected = module.load_state_dict(state, strict=False)
+    except (RuntimeError, ValueError) as error:  # some layers check more, such as their version
+        raise InputError(f"{path} does not fit {type(module).__name__}: {describe(error)}") from error
+    if missing or unexpected:
+        raise _misfit(module, path, {"missing": missing, "unexpected": unexpected})
+
+
+def build_with(build: Callable[[int | None], nn.Module], state: dict[str, Tensor], path: Path) -> nn.Module:
+    """`build(None)`, or `build(num_classes)` where the state's last linear layer has other classes, loaded."""
+    net = build(None)
+    linear = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Linear)]
+    if linear:
+        name, layer = linear[-1]
+        weight = state.get(f"{name}.weight")
+        if weight is not None and weight.ndim == 2 and weight.shape[0] != layer.out_features:
+            net = build(weight.shape[0])
+    load_into(net, state, path)
+    return net
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch warns of here is refused anyway
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _misfit(module: nn.Module, path: Path, faults: dict[str, list[str]]) -> InputError:
+    parts = [
+        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} {fault}"
+        for fault, names in faults.items()
+        if names
+    ]
+    return InputError(
+        f"{path} does not fit {type(module).__name__}: {'; '.join(parts)}; give the state dict of this network"
+    )

@@ -1,0 +1,59 @@
+"""What all ImageNet classifiers share: the names of the classes, and the way from a network to a Model."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+from torch import nn
+
+from robust.models.model import Model, Normalize, Preprocess, fingerprint
+from robust.models.probe import count_classes
+
+NUM_CLASSES = 1000
+
+
+@cache
+def class_names() -> tuple[str, ...]:
+    """The 1000 names in label order, torchvision's: each is unique, where WordNet calls two classes "crane"."""
+    from torchvision.models import ResNet50_Weights
+
+    return tuple(ResNet50_Weights.DEFAULT.meta["categories"])
+
+
+@cache
+def wnids() -> tuple[str, ...]:
+    """The 1000 WordNet ids in label order, such as "n02510455", which name ImageNet's folders."""
+    from timm.data import ImageNetInfo
+
+    return tuple(ImageNetInfo().label_names())
+
+
+def classifier(
+    name: str,
+    source: str,
+    net: nn.Module,
+    mean: Sequence[float],
+    std: Sequence[float],
+    preprocess: Preprocess,
+    input_size: int | None,
+) -> Model:
+    """The Model of a network that wants (x - mean) / std; with 1000 classes it is taken for one of ImageNet.
+
+    `input_size`, where given, overrides the side of the square that `preprocess` ends with.
+    """
+    if input_size is not None:
+        preprocess = replace(preprocess, resize=input_size, crop=input_size)
+    module = nn.Sequential(Normalize(mean, std), net).eval()
+    size = (len(mean), preprocess.crop, preprocess.crop)
+    num_classes = count_classes(module, size)
+    return Model(
+        name=name,
+        source=source,
+        module=module,
+        num_classes=num_classes,
+        input_size=size,
+        preprocess=preprocess,
+        class_names=class_names() if num_classes == NUM_CLASSES else None,
+        wnids=wnids() if num_classes == NUM_CLASSES else None,
+        fingerprint=fingerprint(module),
+    )

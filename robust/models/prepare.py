@@ -1,0 +1,158 @@
+"""A model made ready to be attacked: frozen in place, or as a faster twin that says the same."""
+
+import copy
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from robust.models.probe import describe
+
+TOLERANCE = 5e-3  # of a twin's logits, relative to the largest; a wrong fold is off by about 1, TF32 by 1e-3
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[nn.Module]:
+    """The module in eval mode and without gradients for its parameters; both are put back, part by part."""
+    training = [(part, part.training) for part in module.modules()]
+    requires_grad = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        yield module.eval().requires_grad_(False)
+    finally:
+        for part, mode in training:
+            part.training = mode
+        for parameter, required in requires_grad:
+            parameter.requires_grad_(required)
+
+
+def fast_twin(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
+    """A faster equivalent of `module` for its forward and input gradient, and in words what it is.
+
+    A copy in eval mode with frozen parameters, each batch-norm folded into its convolution, in channels_last.
+    It must agree with the module on `x`, real images (N, C, H, W): the same argmax in every row, logits within
+    TOLERANCE of the largest, a finite input gradient. Where it does not, or cannot be made, a plain frozen copy
+    is tried, then `module` itself is returned, with the reason. `module` is left exactly as it was.
+
+    A twin is almost the module: what is found on it is to be confirmed on the module.
+    """
+    faults: list[str] = []
+    for make in (_folded_copy, _frozen_copy):
+        try:
+            twin, description = make(module, x)
+            fault = _difference(twin, module, x)
+        except Exception as error:  # a user's module may raise anything; all that is lost is speed
+            fault = describe(error)
+        if fault is None:
+            return twin, ": ".join([description, *faults])
+        faults.append(fault)
+    return module, f"the model itself: {faults[-1]}"
+
+
+def _frozen_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
+    return copy.deepcopy(module).eval().requires_grad_(False), "frozen copy"
+
+
+def _folded_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
+    twin, description = _frozen_copy(module, x)
+    done = []
+    if not _has_hooks(module) and _fold_batch_norms(twin, x[:2]):
+        done.append("batch-norm folded")
+    if x.shape[1] > 1 and any(isinstance(part, nn.Conv2d) for part in twin.modules()):
+        twin = twin.to(memory_format=torch.channels_last)
+        done.append("channels_last")
+    return twin, ", ".join(done) or description
+
+
+def _difference(twin: nn.Module, module: nn.Module, x: Tensor) -> str | None:
+    """Why `twin` cannot stand in for `module` on `x`, or None."""
+    with frozen(module), torch.no_grad():
+        expected = module(x)
+    with torch.enable_grad():
+        query = x.detach().clone().requires_grad_()
+        logits = twin(query)
+        loss = F.cross_entropy(logits, expected.argmax(dim=1))
+        (gradient,) = torch.autograd.grad(loss, query)
+    error = (logits.detach() - expected).abs().max() / expected.abs().max()
+    if not error <= TOLERANCE:  # also where it is NaN
+        return f"a copy's logits are off by {error:.1%} of the largest"
+    if not torch.equal(logits.argmax(dim=1), expected.argmax(dim=1)):
+        return "a copy classifies some images differently"
+    if not gradient.isfinite().all():
+        return "the input gradient is not finite"
+    return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches or changes what passes between the layers, which folding would change."""
+    return any(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        for part in module.modules()
+    )
+
+
+def _fold_batch_norms(module: nn.Module, x: Tensor) -> int:
+    """Fold, in place, every batch-norm that alone reads the output of a convolution; how many there were.
+
+    Who reads what is seen in the autograd graph of one forward pass, so the module may be any Python code.
+    Types are compared exactly: a subclass of Conv2d may change its weights before it uses them.
+    """
+    convolutions, norms = _foldable_types()
+    made_by: dict[Any, Any] = {}  # graph node -> the convolution whose output it made
+    read_by: dict[nn.Module, Any] = {}  # batch-norm -> the graph node that made its input
+    calls: Counter[nn.Module] = Counter()
+
+    def watch_convolution(conv: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        made_by[output.grad_fn] = conv
+        calls[conv] += 1
+
+    def watch_norm(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        read_by[norm] = inputs[0].grad_fn
+        calls[norm] += 1
+
+    parts = list(module.named_modules())
+    handles = [part.register_forward_hook(watch_convolution) for _, part in parts if type(part) in convolutions]
+    handles += [part.register_forward_hook(watch_norm) for _, part in parts if type(part) in norms]
+    with torch.enable_grad():
+        readers = _readers(module(x.detach().clone().requires_grad_()))
+    for handle in handles:
+        handle.remove()
+
+    folded = 0
+    for name, norm in parts:
+        node = read_by.get(norm)
+        conv = made_by.get(node)
+        if conv is None or norm.running_mean is None or (readers[node], calls[conv], calls[norm]) != (1, 1, 1):
+            continue
+        # In float64, so that folding costs no accuracy; copies, as parameters may be shared between layers.
+        fused = fuse_conv_bn_eval(copy.deepcopy(conv).double(), copy.deepcopy(norm).double()).to(conv.weight)
+        conv.weight, conv.bias = fused.weight, fused.bias
+        # What remains of timm's BatchNormAct2d are its activation and dropout; of BatchNorm2d, nothing.
+        module.set_submodule(name, nn.Sequential(*norm.children()))
+        folded += 1
+    return folded
+
+
+def _foldable_types() -> tuple[tuple[type, ...], tuple[type, ...]]:
+    layers = sys.modules.get("timm.layers")  # not imported: the model has none of them
+    if layers is None:
+        return (nn.Conv2d,), (nn.BatchNorm2d,)
+    return (nn.Conv2d, layers.Conv2dSame), (nn.BatchNorm2d, layers.BatchNormAct2d)
+
+
+def _readers(output: Tensor) -> Counter[Any]:
+    """Every node of the autograd graph behind `output` -> how many inputs of other nodes it feeds."""
+    counts: Counter[Any] = Counter()
+    stack: list[Any] = [output.grad_fn]
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is not None:
+                counts[node] += 1
+                if counts[node] == 1:
+                    stack.append(node)
+    return counts

@@ -1,0 +1,84 @@
+"""What a network takes and gives, found out by asking it: two noise images in, (2, classes) finite logits out."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from robust.errors import InputError
+
+Size = tuple[int, int, int]  # (C, H, W)
+
+CIFAR: Size = (3, 32, 32)
+MNIST: Size = (1, 28, 28)
+IMAGENET: Size = (3, 224, 224)
+
+
+def count_classes(module: nn.Module, size: Size) -> int:
+    """The number of classes of `module`, which is in eval mode, on (2, *size) pixels.
+
+    InputError where it raises, or gives anything but finite (2, classes) logits for two classes or more.
+    """
+    parameter = next(module.parameters(), torch.empty(0))
+    x = torch.rand(2, *size, generator=torch.Generator().manual_seed(0)).to(parameter.device)
+    try:
+        with torch.no_grad():
+            logits = module(x)
+    except Exception as error:  # a user's network may raise anything
+        raise InputError(f"the model fails on {_written(size)} images: {describe(error)}") from error
+    if fault := _fault(logits):
+        raise InputError(f"on {_written(size)} images the model {fault}")
+    return logits.shape[1]
+
+
+def first_accepted(module: nn.Module, sizes: Iterable[Size]) -> tuple[Size, int]:
+    """The first of the sizes that the module takes, and its number of classes; InputError where it takes none."""
+    failures = []
+    for size in sizes:
+        try:
+            return size, count_classes(module, size)
+        except InputError as error:
+            failures.append(str(error))
+    raise InputError(
+        f"{'; '.join(failures)}; where it wants another size, give --input-size, or set input_size = (C, H, W) "
+        "on the module"
+    )
+
+
+def find_input_size(module: nn.Module) -> tuple[Size | None, int]:
+    """The input size that a network gives away, else None, and its number of classes.
+
+    1000 classes on images of 224 px are ImageNet's, and 10 or 100 on colour images of 32 px are CIFAR's; a
+    network that takes one channel only is given MNIST's size. Many others take any size, and are not guessed.
+    """
+    size, classes = first_accepted(module, (CIFAR, MNIST, IMAGENET))
+    if classes == 1000 and size == CIFAR:
+        try:
+            size, classes = first_accepted(module, (IMAGENET,))
+        except InputError:
+            return None, classes
+    telling = {CIFAR: classes in (10, 100), MNIST: True, IMAGENET: classes == 1000}
+    return (size if telling[size] else None), classes
+
+
+def describe(error: BaseException) -> str:
+    """An exception as one short line: its type and the first line of its message."""
+    message = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {message[:200]}" if message else type(error).__name__
+
+
+def _fault(logits: object) -> str | None:
+    """What is wrong with the output for two images, or None."""
+    if not isinstance(logits, Tensor):
+        return f"returns a {type(logits).__name__}, not one tensor of logits, (N, classes)"
+    if logits.ndim != 2 or logits.shape[0] != 2 or logits.shape[1] < 2:
+        return f"returns shape {tuple(logits.shape)} for 2 images, not logits of shape (2, classes), classes >= 2"
+    if not logits.is_floating_point():
+        return f"returns {str(logits.dtype).removeprefix('torch.')}, not logits"
+    if not logits.isfinite().all():
+        return "returns NaN or infinity: check its weights"
+    return None
+
+
+def _written(size: Size) -> str:
+    return "x".join(map(str, size))

@@ -1,0 +1,16 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+# Small tensors gain nothing from threads, and test processes run side by side.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of third-party networks and images that lies beside the project on the developers' machines."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not (folder / "models" / "architectures.py").is_file():
+        pytest.skip("needs ../shared, which the project does not ship")
+    return folder

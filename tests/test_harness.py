@@ -1,0 +1,396 @@
+"""The harness: what it claims is verified, what it counts is exact, and nothing of the user's is changed."""
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from toys import Linear, conv_net, images
+
+import attacks
+import robust
+from attacks.norms import NORMS, per_slot
+from attacks.pgd import PGD
+from robust import harness
+from robust.errors import InputError
+from robust.harness import TOLERANCE, round_to_8bit
+from robust.store import SAMPLE_COLUMNS
+
+
+@pytest.fixture
+def model():
+    return conv_net()
+
+
+@pytest.fixture
+def data(model):
+    """40 images with the model's own predictions as labels, but for the first five, which are wrong."""
+    x = images(40)
+    y = model(x).argmax(1)
+    y[:5] = (y[:5] + 1) % 5
+    return x, y
+
+
+def verdicts(run):
+    return run.samples[["sample_id", "attack", "eps", "success", "robust"]].to_numpy().tolist()
+
+
+def test_clean_errors_count_as_not_robust_and_are_not_attacked(model, data):
+    run = robust.run(model, data, attacks=["fgsm", "pgd", "noise"], eps=[0.01, 0.05], steps=5)
+    samples = run.samples
+    assert tuple(samples.columns) == SAMPLE_COLUMNS
+    assert len(samples) == 40 * 3 * 2
+    wrong = samples[samples.clean_pred != samples.label]
+    assert sorted(set(wrong.sample_id)) == [f"{k:05d}" for k in range(5)]
+    assert not wrong.robust.any() and not wrong.robust_8bit.any() and not wrong.success.any()
+    assert wrong.forwards.sum() == wrong.gradients.sum() == 0
+    assert set(run.summary.n) == {40}
+    assert set(run.summary.clean_accuracy) == {35 / 40}
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_every_success_stands_up_to_an_independent_check(model, data, norm):
+    x, y = data
+    eps = [0.01, 0.05] if norm == "linf" else [0.1, 0.6]
+    run = robust.run(model, data, attacks=["pgd", "fgsm"], norm=norm, eps=eps, steps=8, save_adversarials=True)
+    samples = run.samples.set_index(["sample_id", "attack", "eps"])
+    saved = list(run.store.adversarials())
+    assert len(saved) > 20
+    for clean, attack, x_clean, x_adv in saved:
+        k = int(clean.sample_id)
+        assert np.array_equal(x_clean, x[k].numpy())
+        logits = model(torch.tensor(x_adv)[None])
+        delta = x_adv.astype(np.float64) - x_clean
+        linf, l2 = np.abs(delta).max(), np.sqrt((delta**2).sum())
+        assert x_adv.min() >= 0 and x_adv.max() <= 1
+        for radius in eps:
+            row = samples.loc[(clean.sample_id, attack, radius)]
+            assert row.success == ((linf if norm == "linf" else l2) <= radius + TOLERANCE)
+            if row.success:
+                assert row.adv_pred == logits.argmax() != y[k]
+                assert row.adv_confidence == pytest.approx(float(logits.softmax(1).max().detach()), abs=1e-5)
+                assert (row.distance_linf, row.distance_l2) == pytest.approx((linf, l2))
+    assert samples.success.groupby(["sample_id", "attack"]).any().sum() == len(saved)
+
+
+def test_a_twin_that_claims_everything_is_refuted(model, data, monkeypatch):
+    expected = robust.run(model, data, attacks=["pgd"], eps=[0.02], steps=6)
+
+    class Liar(nn.Module):
+        def forward(self, x):
+            return model(x).flip(1) * 0 + torch.arange(5.0) * 1e-3 * torch.randn(1)
+
+    monkeypatch.setattr(harness, "fast_twin", lambda module, x: (Liar(), "a liar"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        got = robust.run(model, data, attacks=["pgd"], eps=[0.02], steps=6)
+    assert got.store.twin_disagreements()[0] > 0
+    assert verdicts(got) == verdicts(expected)
+
+
+def test_what_a_blind_twin_overlooks_is_found_where_its_last_point_fools_the_model(model, data, monkeypatch):
+    class Blind(nn.Module):
+        """Has the model's gradient, and an answer that never changes."""
+
+        def forward(self, x):
+            logits = model(x)
+            right = nn.functional.one_hot(labels_of[x.shape[0]], 5).float()
+            return logits - logits.detach() + 9 * right
+
+    x, y = data[0][5:], data[1][5:]
+    labels_of = {35: y}
+    monkeypatch.setattr(harness, "fast_twin", lambda module, x: (Blind(), "blind"))
+    run = robust.run(model, (x, y), attacks=["fgsm"], eps=[0.05])
+    refuted, overlooked = run.store.twin_disagreements()
+    assert refuted == 0 and overlooked > 10
+    assert run.samples.success.sum() == overlooked
+
+
+def test_an_attack_that_leaves_the_ball_fails_loudly(model, data, monkeypatch):
+    @dataclass(frozen=True, kw_only=True)
+    class Cheat(PGD):
+        def init(self, x, y, eps, noise):
+            return super().init(x, y, 1.1 * eps, noise)
+
+    monkeypatch.setitem(attacks.ATTACKS, "pgd", Cheat)
+    with pytest.raises(RuntimeError, match="pgd left the ball or the box on sample .* this is a bug"):
+        robust.run(model, data, attacks=["pgd"], eps=[0.05], steps=4)
+
+
+def test_the_users_module_is_left_as_it_was(data):
+    module = conv_net().train()
+    module[1].eval()
+    module[0].weight.requires_grad_(False)
+    before = copy.deepcopy(module.state_dict())
+    flags = [part.training for part in module.modules()], [p.requires_grad for p in module.parameters()]
+    robust.run(module, data, attacks=["pgd"], eps=[0.02], steps=3)
+    assert ([part.training for part in module.modules()], [p.requires_grad for p in module.parameters()]) == flags
+    assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_same_seed_same_table_and_other_batches_same_verdicts(model, data):
+    def run(**changes):
+        return robust.run(model, data, attacks=["pgd", "noise"], **{"eps": [0.01, 0.03], "steps": 5} | changes)
+
+    reference = run()
+    assert run().samples.to_csv() == reference.samples.to_csv()
+    for batch_size in (3, 16):
+        assert verdicts(run(batch_size=batch_size)) == verdicts(reference)
+    assert run(seed=1).samples.to_csv() != reference.samples.to_csv()
+
+
+def test_worst_case_is_what_no_attack_broke(model, data):
+    run = robust.run(model, data, attacks=["fgsm", "noise"], eps=[0.03])
+    by_sample = run.samples.groupby("sample_id").robust.all()
+    worst = run.summary[run.summary.attack == "worst_case"]
+    assert worst.robust_accuracy.item() == by_sample.mean()
+
+
+def test_targeted_run_leaves_the_target_class_out(model, data):
+    x, y = data
+    run = robust.run(model, data, attacks=["pgd"], eps=[0.5], steps=20, target=2)
+    assert set(run.samples.label) == set(y.tolist()) - {2}
+    reached = run.samples[run.samples.success]
+    assert len(reached) > 0 and set(reached.adv_pred) == {2}
+
+
+def test_a_generator_is_read_once_and_in_pieces(model, data):
+    x, y = data
+    stream = ((x[k : k + 7], y[k : k + 7]) for k in range(0, 40, 7))
+    streamed = robust.run(model, stream, attacks=["pgd"], eps=[0.02], steps=4)
+    whole = robust.run(model, data, attacks=["pgd"], eps=[0.02], steps=4)
+    assert verdicts(streamed) == verdicts(whole)
+
+
+# 8-bit
+
+
+def test_a_change_of_less_than_half_a_level_is_lost_in_8_bits():
+    model = Linear(27)
+    x = (torch.randint(126, 130, (30, 3, 3, 3), generator=torch.Generator().manual_seed(0)) / 255).float()
+    y = model(x).argmax(1)
+    eps = [0.4 / 255, 30 / 255]
+    samples = robust.run(model, (x, y), attacks=["fgsm"], eps=eps).samples
+    small, large = samples[samples.eps == eps[0]], samples[samples.eps == eps[1]]
+    assert 0 < small.success.sum() < 30
+    assert small.robust_8bit.all()
+    # At 30 levels every one is broken, and the break survives, those first found at 0.4 levels included.
+    assert large.success.all() and not large.robust_8bit.any()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    norm=st.sampled_from(sorted(NORMS)),
+    levels=st.floats(0.1, 40),
+    seed=st.integers(0, 999),
+    on_grid=st.booleans(),
+)
+def test_rounding_to_8_bits_lands_on_the_grid_and_in_the_ball(norm, levels, seed, on_grid):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.rand(3, 2, 4, 4, generator=g)
+    x = (x * 255).round() / 255 if on_grid else x
+    eps = levels / 255 * (1 if norm == "linf" else 5)
+    delta = NORMS[norm].project_(torch.randn(x.shape, generator=g) * eps, torch.full((3,), eps))
+    rounded = round_to_8bit(x, (x + delta).clamp(0, 1), eps, norm)
+    torch.testing.assert_close(rounded * 255, (rounded * 255).round(), atol=1e-4, rtol=0)
+    assert float(rounded.min()) >= 0 and float(rounded.max()) <= 1
+    if on_grid:
+        assert bool((NORMS[norm].distance(rounded - x) <= eps + TOLERANCE).all())
+
+
+def test_rounding_keeps_what_is_already_8_bit():
+    x = torch.arange(256).view(1, 1, 16, 16) / 255
+    x_adv = ((x * 255 + 3).clamp(0, 255)) / 255
+    assert torch.equal(round_to_8bit(x, x_adv, 3 / 255, "linf"), x_adv)
+    assert per_slot(torch.ones(2), torch.zeros(2, 3, 4, 4)).shape == (2, 1, 1, 1)
+
+
+# Bad input
+
+
+class Outputs(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, x):
+        return self.make(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: x.flatten(1).sum(1), "logits of shape"),
+        (lambda x: x, "logits of shape"),
+        (lambda x: (x.flatten(1), x), "logits of shape"),
+        (lambda x: x.flatten(1)[:, :5] * float("nan"), "NaN"),
+    ],
+)
+def test_a_model_that_is_no_classifier_is_refused(data, make, message):
+    with pytest.raises(InputError, match=message) as caught:
+        robust.run(Outputs(make), data, attacks=["fgsm"], eps=[0.1])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attacks": ["pdg"]}, "unknown attack 'pdg'; did you mean pgd"),
+        ({"attacks": ["foolbox:LinfDeepFool"]}, "foolbox:LinfDeepFoolAttack"),
+        ({"attacks": ["foolbox:L2PGD"]}, "measures its perturbations in l2"),
+        ({"target": "gibbon"}, "unknown class 'gibbon'"),
+        ({"target": 5}, "unknown class '5'"),
+        ({"device": "warp"}, "device 'warp' cannot be used"),
+        ({"eps": 8}, "did you mean 8/255"),
+        ({"limit": 3}, "limit needs a data spec"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(model, data, changes, message):
+    with pytest.raises(InputError, match=message) as caught:
+        robust.run(model, data, **{"attacks": ["fgsm"], "eps": [0.1]} | changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_outside_the_classes_are_refused(model, data):
+    x, y = data
+    with pytest.raises(InputError, match=r"label 7 of 00003 is none of the model's 5 classes"):
+        robust.run(model, (x, torch.where(torch.arange(40) == 3, 7, y)), attacks=["fgsm"], eps=[0.1])
+
+
+def test_no_data_is_refused(model):
+    with pytest.raises(InputError, match="no image"):
+        robust.run(model, [], attacks=["fgsm"], eps=[0.1])
+
+
+def test_an_attack_that_raises_is_left_out_and_named(model, data, monkeypatch):
+    def fail(self, *args):
+        raise ZeroDivisionError("no luck")
+
+    monkeypatch.setattr(attacks.FoolboxAttack, "_attack", fail)
+    run = robust.run(model, data, attacks=["fgsm", "foolbox:LinfDeepFoolAttack"], eps=[0.1])
+    assert set(run.samples.attack) == {"fgsm"}
+    (finding,) = [f for f in run.findings if f.level == "fail"]
+    assert "LinfDeepFoolAttack raised ZeroDivisionError: no luck" in finding.message
+
+
+# Resume
+
+
+def test_interrupted_anywhere_and_resumed_equals_uninterrupted(model, tmp_path):
+    x = images(60)
+    y = model(x).argmax(1)
+    arguments = {"attacks": ["pgd", "noise"], "eps": [0.01, 0.03], "steps": 4, "batch_size": 5}
+    expected = robust.run(model, (x, y), **arguments)
+
+    class Stop(Exception):
+        pass
+
+    add_unit = robust.api.Store.add_unit
+    for allowed in range(6):
+        calls = 0
+
+        def failing(self, *args, limit=allowed, **kwargs):
+            nonlocal calls
+            if calls == limit:
+                raise Stop
+            calls += 1
+            return add_unit(self, *args, **kwargs)
+
+        output = tmp_path / str(allowed)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+            patch.setattr(robust.api.Store, "add_unit", failing)
+            robust.run(model, (x, y), output=output, **arguments)
+        resumed = robust.run(model, (x, y), output=output, resume=True, **arguments)
+        assert resumed.samples.to_csv() == expected.samples.to_csv()
+        assert resumed.summary.drop(columns="seconds").equals(expected.summary.drop(columns="seconds"))
+        again = robust.run(model, (x, y), output=output, resume=True, **arguments)
+        assert again.samples.to_csv() == expected.samples.to_csv()
+
+
+@pytest.mark.parametrize(
+    ("changes", "differs"),
+    [
+        ({"eps": [0.02, 0.04]}, r"options eps \(\[0.02\] there, \[0.02, 0.04\] here\)"),
+        ({"seed": 1}, "options seed"),
+        ({"attacks": ["fgsm", "noise"]}, "options attacks"),
+        ({"model": conv_net(seed=9)}, "model fingerprint"),
+        ({"data": (images(40, seed=5), torch.zeros(40, dtype=int))}, "the data have changed"),
+    ],
+)
+def test_a_run_resumes_only_on_what_it_began_with(model, data, tmp_path, changes, differs):
+    arguments = {"model": model, "data": data, "attacks": ["fgsm"], "eps": [0.02], "output": tmp_path / "run"}
+    robust.run(**arguments)
+    before = (tmp_path / "run" / "samples.csv").read_bytes()
+    with pytest.raises(InputError, match=differs):
+        robust.run(**arguments | changes, resume=True)
+    with pytest.raises(InputError, match="already holds a run"):
+        robust.run(**arguments)
+    assert (tmp_path / "run" / "samples.csv").read_bytes() == before
+
+
+def test_nothing_is_left_behind_by_a_run_that_never_began(data, tmp_path):
+    with pytest.raises(InputError):
+        robust.run(Outputs(lambda x: x.flatten(1)[:, :5] * float("nan")), data, eps=[0.1], output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# Findings
+
+
+def level(run, name):
+    return {finding.name: finding.level for finding in run.findings}[name]
+
+
+def test_a_sound_model_raises_no_alarm_but_for_its_few_samples(model, data):
+    x, y = data
+    run = robust.run(model, (x[5:], y[5:]), attacks=["fgsm", "pgd", "noise"], eps=[0.01, 0.1])
+    assert {f.name for f in run.findings if f.level != "pass"} == {"sample size"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "expected"),
+    [
+        (lambda model: nn.Sequential(model, nn.Softmax(1)), "logits", "warn"),
+        (lambda model: model.train(), "eval mode", "warn"),
+        (lambda model: Outputs(lambda x: model(x) + 0.1 * torch.randn(len(x), 5)), "deterministic", "warn"),
+        (lambda model: Outputs(lambda x: model((x * 8).round() / 8)), "gradients", "fail"),
+        (lambda model: Outputs(lambda x: model(x - x.mean(0))), "rows independent", "fail"),
+    ],
+)
+def test_planted_faults_are_found(model, data, fault, name, expected):
+    x, y = data
+    planted = fault(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        run = robust.run(planted, (x[5:], y[5:]), attacks=["fgsm", "noise"], eps=[0.02])
+    assert level(run, name) == expected
+
+
+def test_masked_gradients_lose_to_noise_and_are_found(model, data):
+    x, y = data
+    masked = Outputs(lambda x: model((x * 8).round() / 8))
+    run = robust.run(masked, (x, masked(x).argmax(1)), attacks=["pgd", "noise"], eps=[0.3], random_start=False)
+    assert level(run, "noise control") == "fail"
+
+
+def test_wrong_labels_show_on_the_clean_images(model, data):
+    x, y = data
+    run = robust.run(model, (x, (y + 1) % 5), attacks=["fgsm"], eps=[0.02])
+    assert level(run, "clean accuracy") == "fail"
+
+
+# Real networks
+
+
+@pytest.mark.parametrize(
+    ("factory", "eps", "right", "standing"),
+    [("mnist_robust_03", 0.3, 418, 361), ("cifar10_robust_8px", 8 / 255, 154, 121), ("cifar10_resnet20", 4 / 255, 400, 0)],
+)
+def test_published_robust_accuracies(shared, monkeypatch, factory, eps, right, standing):
+    """PGD-40 of public tools, as in the networks' README; a random start moves the count by a few images."""
+    pytest.skip("under construction")

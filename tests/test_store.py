@@ -1,0 +1,170 @@
+"""The store: what is written is read back, a unit is there whole or not at all."""
+
+import sqlite3
+
+import numpy as np
+import pytest
+
+from robust.errors import InputError
+from robust.store import (
+    FILENAME,
+    PICTURES_KEPT,
+    SAMPLE_COLUMNS,
+    Clean,
+    Finding,
+    Picture,
+    Result,
+    Store,
+    differences,
+)
+
+IDENTITY = {
+    "model": {"name": "net", "fingerprint": "f"},
+    "data": {"name": "d"},
+    "options": {"attacks": ["pgd", "fgsm"], "norm": "linf", "eps": [0.1, 0.2]},
+}
+
+
+def clean(position: int, pred: int = 0) -> Clean:
+    return Clean(position, f"id{position}", f"sha{position}", 0, pred, 0.5)
+
+
+def results(position: int, attack: str, success: bool) -> list[Result]:
+    found = (1, 0.9, 0.1, 2.0) if success else (None, None, None, None)
+    return [
+        Result(position, attack, eps, success, False, *found, forwards=3, gradients=2, restart=0 if success else None)
+        for eps in (0.1, 0.2)
+    ]
+
+
+def picture(position: int, rank: float, role: str = "smallest") -> Picture:
+    x = np.full((1, 2, 3), position / 10, np.float32)
+    return Picture(role, rank, position, "pgd", 0.1, 1, 0.9, 0.1, 2.0, x, x + 0.1)
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    store = Store.create(tmp_path / "run" / FILENAME, IDENTITY, {"command": "x"})
+    store.add_clean([clean(0), clean(1, pred=1)])
+    return store
+
+
+def test_samples_come_in_the_order_of_data_attacks_and_eps(store):
+    store.add_unit(0, "fgsm", 1.0, [*results(1, "fgsm", False), *results(0, "fgsm", False)])
+    store.add_unit(0, "pgd", 1.0, [*results(0, "pgd", True), *results(1, "pgd", False)])
+    samples = store.samples()
+    assert tuple(samples.columns) == SAMPLE_COLUMNS
+    assert list(zip(samples.sample_id, samples.attack, samples.eps, strict=True)) == [
+        (name, attack, eps) for name in ("id0", "id1") for attack in ("pgd", "fgsm") for eps in (0.1, 0.2)
+    ]
+    assert list(samples.robust) == [False, False, True, True, False, False, False, False]
+    assert list(samples.robust_8bit) == [True] * 4 + [False] * 4
+    chunks = list(store.sample_chunks(rows=3))
+    assert [len(chunk) for chunk in chunks] == [3, 3, 2]
+    assert list(chunks[2].sample_id) == ["id1", "id1"]
+
+
+def test_a_unit_that_fails_midway_leaves_nothing(store):
+    def failing():
+        yield from results(0, "pgd", True)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.add_unit(0, "pgd", 1.0, failing())
+    assert not store.done(0, "pgd")
+    assert store.samples().empty
+    store.add_unit(0, "pgd", 1.0, results(0, "pgd", True))
+    assert store.done(0, "pgd") and len(store.samples()) == 2
+
+
+def test_what_was_written_is_there_for_another_connection(store, tmp_path):
+    store.add_unit(0, "pgd", 2.5, results(0, "pgd", True), refuted=1, overlooked=2)
+    store.set(command="again")
+    store.set_findings([Finding("a", "warn", "m")])
+    store.set_findings([Finding("b", "pass", "n")])
+    other = Store.open(tmp_path / "run")
+    assert other.identity == IDENTITY
+    assert other.details == {"command": "again"}
+    assert other.clean(start=1) == [clean(1, pred=1)]
+    assert other.seconds() == {"pgd": 2.5}
+    assert other.twin_disagreements() == (1, 2)
+    assert other.findings() == [Finding("b", "pass", "n")]
+    assert other.standing(0, 2, "pgd") == 0
+
+
+def test_the_best_pictures_stay_whatever_the_order_of_arrival(tmp_path):
+    ranks = [0.5, 0.1, 0.9, 0.3, 0.7, 0.2]
+    kept = set()
+    for order in (ranks, ranks[::-1]):
+        store = Store.create(None, IDENTITY, {})
+        for rank in order:
+            store.add_unit(int(rank * 10), "pgd", 0, [], [picture(int(rank * 10), rank)])
+        assert [p.rank for p in store.pictures()] == sorted(ranks)[: PICTURES_KEPT["smallest"]]
+        kept.add(tuple(p.position for p in store.pictures()))
+    assert len(kept) == 1
+    np.testing.assert_allclose(store.pictures()[0].x_adv, np.full((1, 2, 3), 0.2), rtol=1e-6)
+
+
+def test_adversarials_come_back(store):
+    x = np.random.default_rng(0).random((3, 4, 5), np.float32)
+    store.add_unit(0, "pgd", 0, [], adversarials=[(0, x, x / 2)])
+    ((row, attack, got, got_adv),) = store.adversarials()
+    assert (row.sample_id, attack) == ("id0", "pgd")
+    assert np.array_equal(got, x) and np.array_equal(got_adv, x / 2)
+
+
+def test_a_dropped_attack_leaves_no_trace(store):
+    store.add_unit(0, "pgd", 1, results(0, "pgd", True), [picture(0, 0.1)])
+    store.add_unit(0, "fgsm", 1, results(0, "fgsm", True))
+    store.drop_attack("pgd")
+    assert set(store.samples().attack) == {"fgsm"}
+    assert not store.pictures() and not store.done(0, "pgd") and store.done(0, "fgsm")
+
+
+def test_a_second_run_in_the_same_place_is_refused(store, tmp_path):
+    with pytest.raises(InputError, match="already holds a run: continue it with --resume"):
+        Store.create(tmp_path / "run" / FILENAME, IDENTITY, {})
+
+
+@pytest.mark.parametrize("content", [b"", b"not a database, whatever its name says"])
+def test_a_file_that_is_no_run_is_refused(tmp_path, content):
+    (tmp_path / FILENAME).write_bytes(content)
+    with pytest.raises(InputError, match="run"):
+        Store.open(tmp_path)
+
+
+def test_a_run_of_another_schema_is_refused(store, tmp_path):
+    sqlite3.connect(tmp_path / "run" / FILENAME).execute("PRAGMA user_version = 99")
+    with pytest.raises(InputError, match="schema version 99; this version of robust reads 1"):
+        Store.open(tmp_path / "run")
+
+
+def test_no_run_at_all_is_said(tmp_path):
+    with pytest.raises(InputError, match="no run at"):
+        Store.open(tmp_path)
+
+
+def test_an_empty_run_is_discarded_and_another_is_not(tmp_path, store):
+    empty = Store.create(tmp_path / "empty" / FILENAME, IDENTITY, {})
+    empty.discard_if_empty()
+    assert not (tmp_path / "empty").exists()
+    store.discard_if_empty()
+    assert (tmp_path / "run" / FILENAME).exists()
+
+
+def test_a_run_in_memory_can_be_written_once(tmp_path):
+    store = Store.create(None, IDENTITY, {})
+    store.add_clean([clean(0)])
+    store.copy_to(tmp_path / "out" / FILENAME)
+    assert Store.open(tmp_path / "out").clean() == [clean(0)]
+    with pytest.raises(InputError, match="already holds a run"):
+        store.copy_to(tmp_path / "out" / FILENAME)
+
+
+def test_differences_name_what_differs_and_both_values():
+    other = {**IDENTITY, "options": {**IDENTITY["options"], "eps": [0.3]}, "model": {"name": "net", "fingerprint": "g"}}
+    assert differences(IDENTITY, IDENTITY) == []
+    assert differences(IDENTITY, other) == [
+        "model fingerprint (f there, g here)",
+        "options eps ([0.1, 0.2] there, [0.3] here)",
+    ]
