@@ -20,6 +20,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Annotated
 
+# Run as a script, this file would stand before the package of the same name.
+sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
+
 import numpy as np
 import torch
 import typer

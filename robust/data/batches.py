@@ -76,13 +76,13 @@ def _pairs(items: Any, name: str) -> Iterator[tuple[Tensor, int]]:
         _check_item(x, labels, where)
         if x.ndim == 3:
             x, labels = x[None], labels[None]
-        for row, label in zip(x, labels, strict=True):
-            yield _pixels(row), int(label)
+        for row, label in enumerate(labels):
+            yield _pixels(x[row]), int(label)
 
 
 def _check_item(x: Tensor | np.ndarray, y: np.ndarray, where: str) -> None:
     shape = tuple(x.shape)
-    if x.ndim not in (3, 4):
+    if x.ndim not in (3, 4) or 0 in shape[-3:]:
         raise InputError(f"x of {where} has shape {shape}: give batches (N, C, H, W) or images (C, H, W)")
     if not (x.is_floating_point() if isinstance(x, Tensor) else x.dtype.kind == "f"):
         raise InputError(f"x of {where} is {x.dtype}: give floats in [0, 1], such as 8-bit values divided by 255")
@@ -113,5 +113,10 @@ def _size(items: Any) -> int | None:
     if isinstance(items, TorchDataset):
         return len(items) if hasattr(items, "__len__") else None
     if isinstance(items, list | tuple):
-        return sum(len(item[0]) if getattr(item[0], "ndim", 0) == 4 else 1 for item in items)
+        return sum(map(_rows, items))
     return None
+
+
+def _rows(item: Any) -> int:
+    x: Any = item[0] if isinstance(item, tuple | list) and item else None
+    return len(x) if _is_array(x) and x.ndim == 4 else 1

@@ -12,13 +12,14 @@ import zlib
 from collections import defaultdict
 from pathlib import Path
 from typing import Protocol
-from zipfile import BadZipFile, ZipFile
+from zipfile import BadZipFile
 
 from torch import Tensor
 
 from robust.data.images import BadImage, decode, is_image_name, read_file
 from robust.data.labels import folder_labels
 from robust.data.source import Request, Source
+from robust.data.zips import open_zip
 from robust.errors import InputError
 
 
@@ -59,7 +60,7 @@ class Archive:
     def __init__(self, path: Path):
         self.name = str(path)
         try:
-            self._zip = ZipFile(path)
+            self._zip = open_zip(path)
         except (BadZipFile, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise InputError(f"{path} cannot be read as a zip ({reason})") from None

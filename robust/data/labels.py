@@ -60,7 +60,7 @@ def label_of(name: str, model: Model) -> int:
         raise InputError(f"{model.name} has no class names: give --label as a number, 0 .. {model.num_classes - 1}")
     if not matches:
         synonyms = [synonym.strip() for known in model.class_names or () for synonym in known.split(",")]
-        raise unknown("label", name, synonyms)
+        raise unknown("label", name, [known for known in synonyms if _folded(name) in _folded(known)] or synonyms)
     return matches[0]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from robust.data.images import size_text
 from robust.data.source import Request, Source, float32, require_pixels, row_ids
+from robust.data.zips import open_zip
 from robust.errors import InputError
 from robust.models.model import Model
 
@@ -28,7 +29,7 @@ def accepts(spec: str) -> bool:
 def load(request: Request) -> Source:
     path = Path(request.spec)
     with _errors_named(path):
-        archive = ZipFile(path)
+        archive = open_zip(path)
         held = [Path(name).stem for name in archive.namelist()]
         if missing := [name for name in ("x", "y") if name not in held]:
             raise InputError(

@@ -1,0 +1,653 @@
+"""Data specs: what each source yields, and what is refused, with the reason."""
+
+import gzip
+import hashlib
+import pickle
+import re
+import zipfile
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_files import IMAGENET_MODEL, image_bytes, model_of, pattern, write_tree
+from robust.data import load_data
+from robust.data.classes import CIFAR10, CIFAR100
+from robust.data.source import balanced
+from robust.errors import InputError
+from robust.models.model import Preprocess
+
+PETS = model_of(class_names=("dog", "giant panda, panda, coon bear", "cat"))
+
+
+def labels(data) -> dict[str, int]:
+    return {sample.id: sample.y for sample in data}
+
+
+def refused(spec, model, reason: str, **options) -> None:
+    """Loading or reading fails with one line that holds `reason`."""
+    with pytest.raises(InputError, match=reason) as refusal:
+        list(load_data(str(spec), model, **options))
+    assert "\n" not in str(refusal.value)
+
+
+def zipped(folder: Path) -> Path:
+    """The folder's content as a zip beside it."""
+    path = folder.parent / f"{folder.name}.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, file.relative_to(folder))
+    return path
+
+
+@pytest.fixture(params=["folder", "zip"])
+def tree(request, tmp_path):
+    """write_tree, into a folder or a zip: one layout, one behaviour."""
+
+    def make(files: dict[str, bytes | int | None]) -> str:
+        folder = write_tree(tmp_path / "data", files)
+        return str(folder if request.param == "folder" else zipped(folder))
+
+    return make
+
+
+# Class folders
+
+
+def test_class_folders_at_the_top(tree):
+    data = load_data(tree({"dog/2.png": 2, "dog/1.png": 1, "cat/1.png": 3, "panda/x.PNG": 4}), PETS)
+    assert labels(data) == {"cat/1.png": 2, "dog/1.png": 0, "dog/2.png": 0, "panda/x.PNG": 1}
+    assert list(labels(data)) == sorted(labels(data))
+    assert (data.size, data.class_names, data.skipped) == (4, None, [])
+    sample = next(iter(data))
+    np.testing.assert_array_equal(sample.x.permute(1, 2, 0).mul(255), pattern(seed=3))
+    assert sample.sha256 == hashlib.sha256(image_bytes(pattern(seed=3))).hexdigest()
+
+
+def test_one_split_folder_changes_nothing(tree):
+    data = load_data(tree({"test/cat/1.png": 1, "test/dog/1.png": 2, "README.txt": b"about"}), PETS)
+    assert labels(data) == {"cat/1.png": 2, "dog/1.png": 0}
+
+
+def test_a_wrapped_split_folder_with_what_macos_adds(tree):
+    files = {"pets/val/cat/1.png": 1, "__MACOSX/pets/._x": b"", ".DS_Store": b"", "pets/val/cat/.DS_Store": b""}
+    assert labels(load_data(tree(files), PETS)) == {"cat/1.png": 2}
+
+
+def test_two_split_folders_are_ambiguous(tmp_path):
+    folder = write_tree(tmp_path / "d", {"train/cat/1.png": 1, "test/cat/1.png": 2})
+    refused(folder, PETS, rf"ambiguous: test/, train/ hold folders.*Name one of them: {folder}/test$")
+    refused(zipped(folder), PETS, "ambiguous: test/, train/ hold folders.*Zip one of them alone$")
+    assert labels(load_data(f"{folder}/test", PETS)) == {"cat/1.png": 2}
+
+
+def test_class_folders_beside_a_folder_of_folders_are_ambiguous(tree):
+    refused(tree({"cat/1.png": 1, "test/cat/1.png": 2}), PETS, "ambiguous: test/ hold")
+
+
+def test_a_class_may_be_called_train(tree):
+    model = model_of(100, class_names=CIFAR100)
+    assert labels(load_data(tree({"train/1.png": 1}), model)) == {"train/1.png": 90}
+
+
+def test_images_outside_class_folders_are_refused(tree):
+    refused(tree({"cat/1.png": 1, "lost.jpg": 2}), PETS, "lost.jpg lies in no class folder.*--label")
+
+
+def test_names_match_in_any_case_by_synonym_and_with_separators(tree):
+    files = {"Giant_Panda/1.png": 1, "coon-bear/1.png": 2, "DOG/1.png": 3}
+    assert sorted(labels(load_data(tree(files), PETS)).values()) == [0, 1, 1]
+
+
+def test_folders_that_are_no_class_are_named(tree):
+    files = {"cat/1.png": 1, "axolotl/1.png": 1, "okapi/1.png": 1}
+    refused(tree(files), PETS, r"2 of the 3 folders of .* are no class of net: axolotl, okapi;")
+
+
+def test_a_folder_that_maps_to_no_class(tree):
+    refused(tree({"okapi/1.png": 1}), PETS, "1 of the 1 folders of .* are no class of net: okapi")
+
+
+def test_a_name_that_two_classes_have_is_ambiguous(tree):
+    cranes = model_of(class_names=("crane", "gull", "crane"))
+    refused(tree({"crane/1.png": 1}), cranes, "folder crane of .* is ambiguous: the classes 0, 2 of net")
+
+
+def test_a_whole_name_goes_before_a_synonym_and_the_exact_case_before_both():
+    from robust.data.labels import ClassIndex
+
+    index = ClassIndex(model_of(4, class_names=("maillot", "maillot, tank suit", "Cardigan", "cardigan")))
+    assert index.find("maillot") == [0]
+    assert index.find("tank suit") == [1]
+    assert index.find("cardigan") == [3]
+    assert index.find("CARDIGAN") == [2, 3]
+
+
+def test_without_class_names_alphabetical_folders_are_the_classes(tree):
+    data = load_data(tree({"b/1.png": 1, "a/1.png": 2, "c": None}), model_of(3))
+    assert labels(data) == {"a/1.png": 0, "b/1.png": 1}
+    assert data.class_names == ("a", "b", "c")
+
+
+def test_without_class_names_there_must_be_a_folder_for_each_class(tree):
+    refused(tree({"a/1.png": 1, "b/1.png": 1}), model_of(3), "2 class folders and net has 3 classes")
+
+
+def test_numbers_whose_alphabetical_order_is_another_are_refused(tree):
+    refused(tree({f"{k}/1.png": k for k in range(11)}), model_of(11), r"\(0, 1, 10, 2, \.\.\.\).*leading zeros")
+
+
+def test_numbers_with_leading_zeros_are_in_order(tree):
+    data = load_data(tree({f"{k:02d}/1.png": k for k in range(11)}), model_of(11))
+    assert list(labels(data).values()) == list(range(11))
+
+
+WNID_FILES = {"n02510455/panda.png": 1, "n01440764/tench.png": 2, "n15075141/paper.png": 3}
+
+
+def test_wnids_give_imagenets_indices_however_few_folders_exist(tree):
+    """388 is the giant panda; the first and the last class are n01440764 and n15075141."""
+    by_wnid = {"n01440764/tench.png": 0, "n02510455/panda.png": 388, "n15075141/paper.png": 999}
+    spec = tree(WNID_FILES)
+    assert labels(load_data(spec, IMAGENET_MODEL)) == by_wnid, "a model of 1000 classes that says nothing of them"
+    few = model_of(class_names=("x", "y", "z"), wnids=("n15075141", "n02510455", "n01440764"))
+    assert [*labels(load_data(spec, few)).values()] == [2, 1, 0], "the model's own wnids"
+
+
+def test_wnids_need_a_model_of_imagenet(tree):
+    refused(tree(WNID_FILES), model_of(3), "named by ImageNet wnids, and the 3 classes of net are not ImageNet's")
+
+
+def test_an_unknown_wnid_is_named(tree):
+    refused(tree({**WNID_FILES, "n99999999/1.png": 4}), IMAGENET_MODEL, "1 of the 4 .*: n99999999;.*or by wnids")
+
+
+def test_empty_folders_are_refused(tree):
+    refused(tree({"cat": None}), PETS, "holds no images")
+
+
+@pytest.mark.parametrize("files", [{}, {"README.txt": b"about"}])
+def test_a_folder_without_class_folders_is_refused(tmp_path, files):
+    (tmp_path / "data").mkdir()
+    refused(write_tree(tmp_path / "data", files), PETS, "data/ is empty: give a folder that holds class folders")
+
+
+# Bad images
+
+BAD = {"cat/1.png": 1, "cat/2.png": b"no image", "cat/3.png": image_bytes(pattern())[:100], "dog/1.png": 4}
+
+
+def test_a_corrupt_image_is_named(tree):
+    refused(tree(BAD), PETS, r"cat/2\.png is not an image; .*--skip-bad-images$")
+
+
+def test_bad_images_are_skipped_and_named_where_asked_for(tree):
+    data = load_data(tree({**BAD, "dog/Thumbs.db": b""}), PETS, skip_bad_images=True)
+    for _ in range(2):
+        assert list(labels(data)) == ["cat/1.png", "dog/1.png"]
+        assert data.skipped == ["dog/Thumbs.db", "cat/2.png", "cat/3.png"]
+
+
+def test_a_file_that_is_no_image_is_found_before_anything_is_read(tree):
+    spec = tree({"cat/1.png": 1, "dog/notes.txt": b"x"})
+    with pytest.raises(InputError, match=r"dog/notes\.txt is not an image"):
+        load_data(spec, PETS)
+
+
+def test_nothing_left_after_skipping_is_refused(tree):
+    refused(tree({"cat/1.png": b""}), PETS, "no image of .* can be used", skip_bad_images=True)
+
+
+def test_skipping_does_not_hide_images_of_another_size(tree):
+    wide = image_bytes(pattern(8, 9))
+    refused(tree({"cat/1.png": 1, "cat/2.png": wide}), PETS, "cat/2.png is 3 x 8 x 9", skip_bad_images=True)
+
+
+def test_where_the_models_size_is_unknown_all_images_share_one(tree):
+    spec = tree({"cat/1.png": 1, "cat/2.png": image_bytes(pattern(8, 9))})
+    refused(spec, replace(PETS, input_size=None), r"^cat/2\.png is 3 x 8 x 9 .*cat/1\.png is 3 x 8 x 8 ")
+
+
+def test_a_file_that_vanishes_is_named(tmp_path):
+    folder = write_tree(tmp_path, {"cat/1.png": 1})
+    data = load_data(str(folder), PETS)
+    (folder / "cat/1.png").unlink()
+    with pytest.raises(InputError, match=r"cat/1\.png cannot be read \(No such file"):
+        list(data)
+
+
+# Zips
+
+
+def test_what_is_no_zip_is_refused(tmp_path):
+    path = tmp_path / "data.zip"
+    path.write_bytes(b"PK but not really")
+    refused(path, PETS, r"data\.zip cannot be read as a zip \(")
+
+
+def test_a_damaged_member_is_a_bad_image(tmp_path):
+    path = zipped(write_tree(tmp_path / "data", {"cat/1.png": 1, "cat/2.png": 2}))
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(image_bytes(pattern(seed=1))) + 60] ^= 255
+    path.write_bytes(raw)
+    refused(path, PETS, r"cat/1\.png cannot be read \(Bad CRC-32")
+    assert list(labels(load_data(str(path), PETS, skip_bad_images=True))) == ["cat/2.png"]
+
+
+# Arrays
+
+
+def npz(folder: Path, **arrays) -> str:
+    path = folder / "data.npz"
+    np.savez_compressed(path, **arrays)
+    return str(path)
+
+
+Y = np.array([0, 2, 1, 0])
+UINT8 = np.stack([pattern(seed=seed) for seed in range(4)])  # (4, 8, 8, 3)
+FLOAT = UINT8.transpose(0, 3, 1, 2).astype(np.float32) / 255  # (4, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("x", "channels"),
+    [
+        (UINT8, 3), (FLOAT, 3), (FLOAT.astype(np.float64), 3), (FLOAT.astype(">f4"), 3),
+        (UINT8[..., 0], 1), (UINT8[..., :1], 1), (FLOAT[:, :1], 1),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz(tmp_path, x, channels, known, save):
+    save(tmp_path / "data.npz", x=x, y=Y.astype(np.uint8), other=np.zeros(3))
+    model = model_of(3, (channels, 8, 8) if known else None)
+    data = load_data(str(tmp_path / "data.npz"), model)
+    for _ in range(2):
+        samples = list(data)
+        assert [sample.id for sample in samples] == ["00000", "00001", "00002", "00003"]
+        assert [sample.y for sample in samples] == list(Y)
+        torch.testing.assert_close(
+            torch.stack([sample.x for sample in samples]), torch.from_numpy(FLOAT[:, :channels].copy()), rtol=0, atol=0
+        )
+        assert samples[1].sha256 == hashlib.sha256(x[1].tobytes()).hexdigest()
+
+
+NAN = np.where(np.arange(FLOAT.size).reshape(FLOAT.shape) == 300, np.nan, FLOAT)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "reason"),
+    [
+        ({"images": UINT8, "y": Y}, r"no array x \(it holds images, y\)"),
+        ({"x": UINT8}, "no array y"),
+        ({}, r"no array x and no y \(it holds none\)"),
+        ({"x": UINT8.astype(np.int64), "y": Y}, "x of .* is int64 .*give uint8"),
+        ({"x": UINT8 > 9, "y": Y}, "x of .* is bool"),
+        ({"x": UINT8.astype(object), "y": Y}, "x of .* is object"),
+        ({"x": UINT8, "y": Y.astype(object)}, "y of .* is object"),
+        ({"x": UINT8, "y": Y.astype(float)}, r"y of .* is float64 \(4,\): give integers \(N,\)"),
+        ({"x": UINT8, "y": np.eye(4, dtype=int)}, r"y of .* is int64 \(4, 4\)"),
+        ({"x": UINT8[0, 0], "y": Y[:1]}, r"x of .* is uint8 \(8, 3\)"),
+        ({"x": FLOAT[:, 0], "y": Y}, r"x of .* is float32 \(4, 8, 8\): give .*\(N, C, H, W\)"),
+        ({"x": UINT8, "y": Y[:3]}, "has 4 rows and y has 3"),
+        ({"x": UINT8[:0], "y": Y[:0]}, "holds no image"),
+        ({"x": UINT8.transpose(0, 3, 1, 2), "y": Y}, r"3, 8, 8\), so its images are 8 x 3 x 8.*uint8 is \(N, H, W\)"),
+        ({"x": FLOAT.transpose(0, 2, 3, 1), "y": Y}, r"so its images are 8 x 8 x 3 .*float is \(N, C, H, W\)"),
+        ({"x": UINT8[..., 0], "y": Y}, "so its images are 1 x 8 x 8 .* and net takes 3 x 8 x 8"),
+        ({"x": UINT8[:, :7], "y": Y}, "so its images are 3 x 7 x 8"),
+        ({"x": FLOAT * 255, "y": Y}, r"must be in \[0, 1\]; found \d+ \.\. 2\d\d in x\[0\] of .*: divide by 255"),
+        ({"x": FLOAT * 2 - 1, "y": Y}, r"found -1 \.\. 0\.9\d+ in x\[0\] .*put the normalisation inside the model"),
+        ({"x": FLOAT + np.float32(1e-6), "y": Y}, r"found .* \.\. 1\.000001"),
+        ({"x": NAN, "y": Y}, r"x\[1\] of .* holds NaN"),
+        ({"x": FLOAT.astype(float) * 1e300, "y": Y}, "holds NaN or infinity"),
+        ({"x": np.asfortranarray(UINT8), "y": Y}, r"Fortran order: save numpy\.ascontiguousarray\(x\)"),
+        ({"x": UINT8, "y": Y + 1}, r"label 3 of 00001 is outside the model's 3 classes, 0 \.\. 2"),
+        ({"x": UINT8, "y": Y - 1}, "label -1 of 00000 is outside"),
+    ],
+)
+def test_npz_refusals(tmp_path, arrays, reason):
+    with pytest.raises(InputError, match=reason) as refusal:
+        load_data(npz(tmp_path, **arrays), model_of(3))
+    assert "\n" not in str(refusal.value)
+
+
+def test_npz_layout_is_checked_where_the_size_is_unknown(tmp_path):
+    spec = npz(tmp_path, x=FLOAT.transpose(0, 2, 3, 1), y=Y)
+    refused(spec, model_of(3, None), "so it has 8 channels: float is")
+
+
+def test_what_is_no_npz_is_refused(tmp_path):
+    path = tmp_path / "data.npz"
+    path.write_bytes(b"not a zip")
+    refused(path, model_of(), r"data\.npz cannot be read as an \.npz \(File is not a zip file\)")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", b"no array")
+        archive.writestr("y.npy", b"no array")
+    refused(path, model_of(), "cannot be read as an .npz")
+
+
+def test_an_npz_that_ends_early_is_refused(tmp_path):
+    np.save(tmp_path / "x.npy", UINT8)
+    np.save(tmp_path / "y.npy", Y)
+    with zipfile.ZipFile(tmp_path / "data.npz", "w") as archive:
+        archive.writestr("x.npy", (tmp_path / "x.npy").read_bytes()[:-1])
+        archive.write(tmp_path / "y.npy", "y.npy")
+    refused(tmp_path / "data.npz", model_of(), "it ends early")
+
+
+def test_npz_rows_of_a_subset_are_the_same_rows(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (60, 8, 8), np.uint8)
+    y = np.arange(60) % 3
+    data = load_data(npz(tmp_path, x=x, y=y), model_of(3, (1, 8, 8)), limit=9)
+    for sample in data:
+        row = int(sample.id)
+        assert sample.y == y[row]
+        np.testing.assert_array_equal(sample.x[0] * 255, x[row])
+
+
+# One image
+
+
+@pytest.mark.parametrize(
+    ("label", "y"), [("panda", 1), ("Giant-Panda", 1), ("giant panda, panda, coon bear", 1), ("2", 2), ("cat", 2)]
+)
+def test_one_image(tmp_path, label, y):
+    (tmp_path / "panda.png").write_bytes(image_bytes(pattern()))
+    data = load_data(str(tmp_path / "panda.png"), PETS, label=label)
+    assert labels(data) == {"panda.png": y}
+    assert data.size == 1
+
+
+def test_one_image_labelled_by_wnid(tmp_path):
+    (tmp_path / "panda.jpg").write_bytes(image_bytes(pattern(300, 400), "JPEG"))
+    (sample,) = load_data(str(tmp_path / "panda.jpg"), IMAGENET_MODEL, label="n02510455")
+    assert (sample.y, sample.x.shape) == (388, (3, 224, 224))
+
+
+@pytest.mark.parametrize(
+    ("model", "label", "reason"),
+    [
+        (PETS, None, r"what does .*panda\.png show\? Name its class with --label"),
+        (PETS, "pandda", "unknown label 'pandda'; did you mean panda"),
+        (model_of(class_names=("sandal", "giant panda", "gull")), "PANDA", r"did you mean giant panda\?$"),
+        (PETS, "3", "unknown label '3'; known: dog"),
+        (model_of(), "panda", r"net has no class names: give --label as a number, 0 \.\. 2"),
+        (model_of(class_names=("crane", "gull", "crane")), "crane", "names the classes 0, 2: give the number"),
+    ],
+)
+def test_one_image_with_a_label_that_is_not_clear(tmp_path, model, label, reason):
+    (tmp_path / "panda.png").write_bytes(image_bytes(pattern()))
+    refused(tmp_path / "panda.png", model, reason, label=label)
+
+
+# foolbox's samples
+
+
+@pytest.mark.parametrize(
+    ("spec", "model", "first"),
+    [
+        ("samples", IMAGENET_MODEL, ("imagenet_00_243.jpg", 243)),
+        ("samples", model_of(10, (3, 32, 32)), ("cifar10_00_3.png", 3)),
+        ("samples", model_of(100, (3, 32, 32)), ("cifar100_00_49.png", 49)),
+        ("samples", model_of(10, (1, 28, 28)), ("mnist_00_7.png", 7)),
+        ("samples:fashionmnist", model_of(10, (1, 28, 28)), ("fashionMNIST_00_9.png", 9)),
+        ("Samples:CIFAR10", model_of(10, None), ("cifar10_00_3.png", 3)),
+    ],
+)
+def test_samples_suit_the_model(spec, model, first):
+    data = load_data(spec, model)
+    samples = list(data)
+    assert (samples[0].id, samples[0].y) == first
+    assert len(samples) == data.size == 20
+    assert data.class_names is not None and len(data.class_names) == model.num_classes
+
+
+def test_samples_are_resized_to_the_models_input_and_not_cropped():
+    """As foolbox gives them, but for the filter; its images are square, 512 pixels a side."""
+    model = model_of(1000, (3, 64, 64), preprocess=Preprocess(80, 64, "bicubic"))
+    sample = next(iter(load_data("samples", model)))
+    import foolbox
+
+    with Image.open(Path(foolbox.__file__).parent / "data" / sample.id) as image:
+        theirs = np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(sample.x.permute(1, 2, 0).mul(255).round(), theirs)
+
+
+def test_the_labels_of_samples_are_the_usual_indices():
+    """Seen by eye: the first images are a boxer, a frog with label 6 and a mountain."""
+    names = load_data("samples", IMAGENET_MODEL).class_names
+    assert names is not None and names[243] == "bull mastiff"
+    assert CIFAR10[6] == "frog" and CIFAR100[49] == "mountain"
+    assert list(CIFAR10) == sorted(CIFAR10) and list(CIFAR100) == sorted(CIFAR100)
+
+
+@pytest.mark.parametrize(
+    ("spec", "model", "reason"),
+    [
+        ("samples", model_of(7), "no samples suit the 7 classes of net: name data with --data"),
+        ("samples", model_of(10, None), "Name them, as in --data samples:cifar10"),
+        ("samples", model_of(1000, None), "--input-size"),
+        ("samples:cifar10", IMAGENET_MODEL, "the cifar10 samples have 10 classes and net has 1000"),
+        ("samples:cifar", IMAGENET_MODEL, "unknown samples 'cifar'; did you mean cifar10"),
+    ],
+)
+def test_samples_that_do_not_suit_are_refused(spec, model, reason):
+    refused(spec, model, reason)
+
+
+# torchvision's sets, in its own formats on disk
+
+
+@pytest.fixture
+def integrity_unchecked(monkeypatch):
+    """The files written here are not those whose MD5 torchvision knows."""
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: Path(path).exists())
+
+
+def test_cifar10_of_torchvision(tmp_path, integrity_unchecked):
+    x = np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), np.uint8)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    (folder / "test_batch").write_bytes(pickle.dumps({"data": x.reshape(6, -1), "labels": [3, 8, 8, 0, 6, 1]}))
+    for batch in range(1, 6):  # only looked at for being there
+        (folder / f"data_batch_{batch}").write_bytes(b"")
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CIFAR10)}))
+    data = load_data("CIFAR10", model_of(10, (3, 32, 32)), data_root=tmp_path)
+    samples = list(data)
+    assert labels(data) == dict(zip([f"{row:05d}" for row in range(6)], [3, 8, 8, 0, 6, 1], strict=True))
+    assert data.class_names == CIFAR10
+    np.testing.assert_array_equal(torch.stack([sample.x for sample in samples]).mul(255).round(), x)
+    assert samples[2].sha256 == hashlib.sha256(x[2].transpose(1, 2, 0).tobytes()).hexdigest()
+
+
+def test_mnist_of_torchvision(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (4, 28, 28), np.uint8)
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        header = np.array([0x803, 4, 28, 28], ">i4").tobytes()
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + x.tobytes())
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(np.array([0x801, 4], ">i4").tobytes() + bytes([7, 2, 1, 0]))
+        (raw / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b""))
+    data = load_data("mnist", model_of(10, (1, 28, 28)), data_root=tmp_path)
+    assert list(labels(data).values()) == [7, 2, 1, 0]
+    np.testing.assert_array_equal(torch.stack([sample.x[0] for sample in data]).mul(255).round(), x)
+
+
+def test_files_of_torchvision_are_decoded_here(tmp_path):
+    """Imagenette's layout; a file that torchvision's loader would convert in silence is refused."""
+    wnids = ("n01440764", "n02102040", "n02979186", "n03000684", "n03028079",
+             "n03394916", "n03417042", "n03425413", "n03445777", "n03888257")  # fmt: skip
+    jpeg = image_bytes(pattern(40, 60), "JPEG")
+    cmyk = image_bytes(pattern(40, 60, 4), "PNG")
+    root = write_tree(tmp_path, {f"imagenette2/val/{wnid}/1.JPEG": jpeg for wnid in wnids})
+    data = load_data("imagenette", model_of(10, (3, 32, 32), preprocess=Preprocess(36, 32)), data_root=root)
+    assert labels(data) == {f"imagenette2/val/{wnid}/1.JPEG": label for label, wnid in enumerate(wnids)}
+    assert data.class_names is not None and data.class_names[0] == "tench, Tinca tinca"
+    assert next(iter(data)).sha256 == hashlib.sha256(jpeg).hexdigest()
+    (root / "imagenette2/val" / wnids[0] / "1.JPEG").write_bytes(cmyk)
+    with pytest.raises(InputError, match=r"n01440764/1\.JPEG has transparent pixels"):
+        list(data)
+
+
+@pytest.mark.parametrize(
+    ("spec", "model", "root", "reason"),
+    [
+        ("cifar10", model_of(10), None, r"with --data-root \(an image folder of this name is \./cifar10\)"),
+        (
+            "cifar10",
+            model_of(10),
+            ".",
+            r"CIFAR10 is not under --data-root .*\(Dataset not found.*download=True\) fetches",
+        ),
+        ("mnist", model_of(10), ".", "MNIST is not under"),
+        ("svhn", model_of(10), ".", "SVHN is not under"),
+        ("stl10", model_of(10), ".", "STL10 is not under"),
+        ("usps", model_of(10), ".", r"USPS is not under .*No such file"),
+        ("dtd", model_of(47), ".", "DTD is not under"),
+        ("food101", model_of(101), ".", "Food101 is not under"),
+        ("flowers102", model_of(102), ".", "Flowers102 is not under"),
+        ("fgvcaircraft", model_of(100), ".", "FGVCAircraft is not under"),
+        ("country211", model_of(211), ".", "Country211 is not under"),
+        ("places365", model_of(365), ".", "Places365 is not under"),
+        ("imagenet", IMAGENET_MODEL, ".", r"ImageNet is not under .*devkit.*see torchvision's documentation"),
+        ("cifar10", IMAGENET_MODEL, ".", "cifar10 has 10 classes and net has 1000"),
+    ],
+)
+def test_torchvision_sets_that_are_not_there(tmp_path, spec, model, root, reason):
+    refused(spec, model, reason, data_root=root and tmp_path)
+    assert list(tmp_path.iterdir()) == [], "nothing is downloaded, nothing made"
+
+
+# Specs
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("cifar11", r"unknown data 'cifar11'; did you mean cifar10 .*\(and there is no such file or folder\)"),
+        ("no/such/folder", "unknown data 'no/such/folder'"),
+        ("missing.zip", "unknown data 'missing.zip'"),
+        ("missing.npz", "unknown data"),
+        ("missing.jpg", "unknown data"),
+    ],
+)
+def test_unknown_specs(spec, reason):
+    refused(spec, PETS, reason)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "data.csv").write_text("a,b")
+    refused(tmp_path / "data.csv", PETS, r"data\.csv is not data: give an image folder, a \.zip")
+
+
+def test_a_label_is_for_one_image():
+    refused("samples", IMAGENET_MODEL, "--label is for a single image", label="panda")
+
+
+# --limit
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_limit_must_be_positive(limit):
+    refused("samples", IMAGENET_MODEL, "limit must be at least 1", limit=limit)
+
+
+IDS = [f"{row:05d}" for row in range(200)]
+FOUR = [row % 3 if row < 180 else 3 for row in range(200)]  # 60, 60, 60 and 20
+
+
+@pytest.mark.parametrize("limit", [1, 2, 4, 7, 30, 80])
+def test_the_subset_is_balanced_within_one(limit):
+    counts = Counter(FOUR[position] for position in balanced(IDS, FOUR, limit, 0))
+    shares = [counts[label] for label in range(4)]
+    assert sum(shares) == limit and max(shares) - min(shares) <= 1
+
+
+def test_a_class_that_runs_out_leaves_its_share_to_the_others():
+    counts = Counter(FOUR[position] for position in balanced(IDS, FOUR, 110, 0))
+    assert [counts[label] for label in range(4)] == [30, 30, 30, 20]
+
+
+def test_the_subset_is_in_data_order_and_depends_on_the_seed_alone():
+    chosen = balanced(IDS, FOUR, 40, 0)
+    assert all(one < other for one, other in pairwise(chosen))
+    assert chosen == balanced(IDS, FOUR, 40, 0) != balanced(IDS, FOUR, 40, 1)
+    backwards = balanced(IDS[::-1], FOUR[::-1], 40, 0)
+    assert {IDS[::-1][position] for position in backwards} == {IDS[position] for position in chosen}
+    assert set(chosen) < set(balanced(IDS, FOUR, 41, 0))
+
+
+def test_a_limit_above_the_size_takes_everything():
+    assert balanced(IDS, FOUR, 200, 0) == balanced(IDS, FOUR, 10**9, 0) == list(range(200))
+
+
+def test_the_subset_is_fixed_for_good():
+    """Numbers of earlier releases stay comparable only while this does not change."""
+    assert balanced(IDS, FOUR, 4, 0) == [19, 54, 116, 182]
+
+
+def test_a_subset_of_a_folder(tree):
+    spec = tree({f"{name}/{k}.png": k for name in ("cat", "dog", "panda") for k in range(5)})
+    data = load_data(spec, PETS, limit=6, seed=3)
+    assert data.size == 6
+    assert Counter(labels(data).values()) == {0: 2, 1: 2, 2: 2}
+    assert labels(data) == labels(load_data(spec, PETS, limit=6, seed=3))
+    assert labels(data) != labels(load_data(spec, PETS, limit=6, seed=4))
+
+
+# Memory
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    """Peak Python memory while streaming; the ids and labels of 1,800 more samples are all that is added."""
+    import tracemalloc
+
+    x = np.random.default_rng(0).integers(0, 256, (2_000, 32, 32, 3), np.uint8)
+    y = np.arange(2_000) % 10
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        for row in range(2_000):
+            archive.writestr(f"{y[row]}/{row}.bmp", image_bytes(x[row], "BMP"))
+    model = model_of(10, (3, 32, 32))
+
+    def peak(spec: str, limit: int) -> int:
+        tracemalloc.start()
+        assert sum(1 for _ in load_data(spec, model, limit=limit)) == limit
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    for spec in (npz(tmp_path, x=x, y=y), str(tmp_path / "data.zip")):
+        peak(spec, 10)  # imports
+        assert peak(spec, 2_000) - peak(spec, 200) < 400_000, spec  # the images are 5.5 MB, 22 as floats
+
+
+# Real data
+
+
+def test_the_shared_cifar10_zip(shared):
+    data = load_data(str(shared / "data" / "cifar10_test.zip"), model_of(10, (3, 32, 32)), limit=50)
+    assert Counter(sample.id.split("/")[0] for sample in data) == dict.fromkeys(CIFAR10, 5)
+    assert all(CIFAR10[sample.y] == sample.id.split("/")[0] for sample in data)
+    assert data.class_names == CIFAR10
+
+
+def test_the_shared_mnist_npz(shared):
+    path = shared / "data" / "mnist_test.npz"
+    arrays = np.load(path)
+    for sample in load_data(str(path), model_of(10, (1, 28, 28)), limit=100):
+        np.testing.assert_array_equal(sample.x[0] * 255, arrays["x"][int(sample.id)])
+        assert sample.y == arrays["y"][int(sample.id)]
+
+
+def test_the_shared_imagenet_folder(shared):
+    """Every second class is there, so the k-th folder is not class k; the panda's is 388."""
+    data = load_data(str(shared / "data" / "imagenet_sample"), IMAGENET_MODEL)
+    assert data.size == 500
+    by_id = dict(zip(data._source.ids, data._source.labels, strict=True))  # type: ignore[attr-defined]
+    assert by_id["n02510455/n02510455_giant_panda.jpg"] == 388
+    assert len(set(by_id.values())) == 500 and all(re.fullmatch(r"n\d{8}/.*", id) for id in by_id)

@@ -1,0 +1,278 @@
+"""The fast twin says what the model says, or is not used; and the model never notices."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torchvision
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+from robust.models.prepare import fast_twin, frozen
+
+
+def seeded(module: nn.Module) -> nn.Module:
+    """In eval mode, with batch-norm statistics unlike the identity they begin as."""
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in module.state_dict().items():
+        if name.endswith(("running_var", "running_mean")):
+            tensor += 0.5 * torch.rand(tensor.shape, generator=generator)
+    return module.eval()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def images(side: int = 32, n: int = 4, channels: int = 3) -> Tensor:
+    return torch.rand(n, channels, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def norms(module: nn.Module) -> int:
+    return sum(isinstance(part, nn.BatchNorm2d) for part in module.modules())
+
+
+def logits_and_gradient(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    query = x.clone().requires_grad_()
+    logits = module(query)
+    (gradient,) = torch.autograd.grad(logits.logsumexp(1).sum(), query)
+    return logits.detach(), gradient
+
+
+class Head(nn.Module):
+    """Global average pooling and a linear layer, from 8 channels to 5 classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.mean((2, 3)))
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), Head())
+
+
+class Functional(nn.Module):
+    """Layers called in another order than they were made in, control flow on values, an odd output shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv, self.head = nn.BatchNorm2d(8), nn.Conv2d(3, 8, 3, bias=False), Head()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.max() > 2:  # no symbolic tracer gets past this
+            x = x / 255
+        return self.head(torch.relu(self.norm(self.conv(x))))
+
+
+class PreActivation(nn.Module):
+    """The shortcut reads the convolution too, so that its batch-norm must stay; the second one may go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.norm2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.head = Head()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(x)
+        return self.head(out + self.norm2(self.conv2(self.norm1(out).relu())))
+
+
+class Recurrent(nn.Module):
+    """One convolution used twice, with a batch-norm for each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm1, self.norm2, self.head = nn.BatchNorm2d(8), nn.BatchNorm2d(8), Head()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv(self.stem(x))).relu()
+        return self.head(self.norm2(self.conv(x)).relu())
+
+
+class Standardised(nn.Conv2d):
+    """Scaling its weights changes nothing, so no batch-norm can be folded into it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+def standardised() -> nn.Module:
+    return nn.Sequential(Standardised(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), Head())
+
+
+def without_statistics() -> nn.Module:
+    """In eval mode too it normalises by the batch."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(), Head())
+
+
+def tied() -> nn.Module:
+    """Two convolutions share one weight."""
+    first, second = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+    second.weight = first.weight
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), first, nn.BatchNorm2d(8), nn.ReLU(), second, nn.BatchNorm2d(8), nn.ReLU(), Head()
+    )
+
+
+def timms() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), BatchNormAct2d(8, act_layer=nn.SiLU), Head())
+
+
+@pytest.mark.parametrize(
+    ("make", "left"),
+    [
+        (plain, 0),
+        (Functional, 0),
+        (timms, 0),
+        (tied, 0),
+        (PreActivation, 1),
+        (Recurrent, 2),
+        (standardised, 1),
+        (without_statistics, 1),
+        (lambda: timm.create_model("test_efficientnet"), 0),
+        (lambda: timm.create_model("tf_efficientnet_lite0"), 0),  # the bundled one, with Conv2dSame
+        (lambda: torchvision.models.resnet18(weights=None), 0),
+        (lambda: torchvision.models.shufflenet_v2_x0_5(weights=None), 0),
+    ],
+)
+def test_batch_norms_are_folded_where_that_changes_nothing(make: Callable[[], nn.Module], left: int) -> None:
+    module, x = seeded(make()), images()
+    twin, description = fast_twin(module, x)
+    assert norms(twin) == left
+    assert description == ("batch-norm folded, channels_last" if norms(module) > left else "channels_last")
+    assert not any(parameter.requires_grad for parameter in twin.parameters())
+    for ours, theirs in zip(logits_and_gradient(twin, x), logits_and_gradient(module, x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_images_of_one_channel_gain_nothing_from_channels_last() -> None:
+    module = seeded(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), Head()))
+    assert fast_twin(module, images(28, channels=1))[1] == "frozen copy"
+
+
+def test_the_model_is_left_exactly_as_it_was() -> None:
+    module = seeded(PreActivation())
+    module.conv2.train()
+    module.norm1.bias.requires_grad_(False)
+    module.head.linear.weight.grad = torch.ones(5, 8)
+    before = copy.deepcopy(module)
+    tensors = {name: id(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
+    twin, description = fast_twin(module, images())
+    assert "folded" in description and twin is not module
+    assert tensors == {name: id(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
+    assert str(module) == str(before)
+    assert [part.training for part in module.modules()] == [part.training for part in before.modules()]
+    for ours, theirs in zip(module.parameters(), before.parameters(), strict=True):
+        assert ours.requires_grad == theirs.requires_grad
+        assert ours.stride() == theirs.stride()
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before.state_dict()[name])
+    assert not any(part._forward_hooks for part in module.modules())
+    assert torch.equal(module.head.linear.weight.grad, torch.ones(5, 8))
+
+
+def test_a_model_with_hooks_is_not_folded_and_keeps_them() -> None:
+    module = seeded(plain())
+    module[1].register_forward_hook(lambda part, inputs, output: output * 2)
+    twin, description = fast_twin(module, images())
+    assert (description, norms(twin)) == ("channels_last", 1)
+    torch.testing.assert_close(twin(images()), module(images()))
+    assert len(module[1]._forward_hooks) == 1
+
+
+def test_where_folding_fails_a_plain_copy_is_taken() -> None:
+    class Asks(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self[1].weight.mean()  # of the batch-norm, which must be there
+
+    module = seeded(Asks(*plain().children()))
+    twin, description = fast_twin(module, images())
+    assert description.startswith("frozen copy: AttributeError") and norms(twin) == 1
+    assert twin is not module and not any(parameter.requires_grad for parameter in twin.parameters())
+
+
+class Alone(nn.Sequential):
+    def __deepcopy__(self, memo: object) -> "Alone":
+        raise TypeError("there can be only one")
+
+
+class Random(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 0.5 * torch.randn_like(x))
+
+
+class Forgetful(nn.Sequential):
+    """Whose copies have other weights."""
+
+    def __deepcopy__(self, memo: object) -> nn.Module:
+        return seeded(plain())
+
+
+class Infinite(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (x - x).abs().sqrt().sum((1, 2, 3))[:, None]
+
+
+class Detached(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach())
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Alone, "TypeError: there can be only one"),
+        (Random, "a copy's logits are off by"),
+        (Forgetful, "a copy's logits are off by"),
+        (Infinite, "the input gradient is not finite"),
+        (Detached, "RuntimeError"),
+    ],
+)
+def test_the_model_itself_is_the_last_resort(kind: type[nn.Sequential], reason: str) -> None:
+    module = kind(*plain().children()).eval()
+    twin, description = fast_twin(module, images())
+    assert twin is module
+    assert description.startswith(f"the model itself: {reason}")
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_an_image_classified_differently_is_noticed() -> None:
+    """Two classes a millionth of the scale apart, that the twin swaps: the tolerance alone would let it pass."""
+
+    class Swapped(nn.Module):
+        def __init__(self, first: float = 1e-4) -> None:
+            super().__init__()
+            self.first = nn.Parameter(torch.tensor([first, 0.0, 100.0 - 200.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first + 0 * x.mean((1, 2, 3))[:, None]
+
+        def __deepcopy__(self, memo: object) -> "Swapped":
+            return Swapped(-1e-4)
+
+    module = Swapped().eval()
+    assert fast_twin(module, images()) == (module, "the model itself: a copy classifies some images differently")
+
+
+def test_frozen_restores_every_part_even_after_an_error() -> None:
+    module = plain().train()
+    module[1].eval()
+    module[0].bias.requires_grad_(False)
+    training = [part.training for part in module.modules()]
+    required = [parameter.requires_grad for parameter in module.parameters()]
+    with pytest.raises(KeyError), frozen(module) as inside:
+        assert inside is module
+        assert not any(part.training for part in module.modules())
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+        raise KeyError
+    assert [part.training for part in module.modules()] == training
+    assert [parameter.requires_grad for parameter in module.parameters()] == required
