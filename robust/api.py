@@ -129,7 +129,7 @@ def run(
     elif limit is not None:
         raise InputError("limit needs a data spec; shorten the iterable instead")
     else:
-        dataset = from_batches(data)
+        dataset = data if isinstance(data, Dataset) else from_batches(data)
     if isinstance(model, nn.Module):
         first, dataset = _peek(dataset)
         model = _wrap(model, first, class_names)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import attacks
 from attacks.noise import sample_key
 from attacks.norms import NORMS, per_slot
+from robust.data.labels import label_of
 from robust.data.sample import Dataset, Sample
 from robust.diagnostics import CONTROL, preflight, review
 from robust.errors import InputError, unknown
@@ -71,21 +72,9 @@ def plan(options: Options, model: Model, class_names: Sequence[str] | None) -> P
             raise unknown("attack", name, attacks.names()) from None
         except ValueError as error:
             raise InputError(str(error)) from None
-    target = None if options.target is None else class_index(options.target, model.num_classes, class_names)
+    named = replace(model, class_names=tuple(class_names) if class_names else None)
+    target = None if options.target is None else label_of(options.target, named, "target")
     return Plan(tuple(made), target, pick_device(options.device))
-
-
-def class_index(name: str, num_classes: int, class_names: Sequence[str] | None) -> int:
-    """The index of a class given by name (any case) or by number."""
-    if name.isdecimal() and int(name) < num_classes:
-        return int(name)
-    folded = [known.lower() for known in class_names or ()]
-    matches = [index for index, known in enumerate(folded) if known == name.lower()]
-    if len(matches) > 1:
-        raise InputError(f"class {name!r} is the name of classes {matches}; give the number")
-    if not matches:
-        raise unknown("class", name, class_names or [f"0 .. {num_classes - 1}"])
-    return matches[0]
 
 
 def pick_device(name: str) -> torch.device:

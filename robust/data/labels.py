@@ -49,18 +49,20 @@ def wnids_of(model: Model) -> tuple[str, ...] | None:
     return model.wnids
 
 
-def label_of(name: str, model: Model) -> int:
-    """The class that a person names: by index, name or wnid."""
+def label_of(name: str, model: Model, option: str = "label") -> int:
+    """The class that a person names with --label or another option: by index, name or wnid."""
     if name.isdecimal() and int(name) < model.num_classes:
         return int(name)
     matches = ClassIndex(model).find(name)
     if len(matches) > 1:
-        raise InputError(f"label {name!r} names the classes {_listed(matches)}: give the number of one")
+        raise InputError(f"{option} {name!r} names the classes {_listed(matches)}: give the number of one")
     if not matches and model.class_names is None:
-        raise InputError(f"{model.name} has no class names: give --label as a number, 0 .. {model.num_classes - 1}")
+        raise InputError(
+            f"{model.name} has no class names: give the {option} as a number, 0 .. {model.num_classes - 1}"
+        )
     if not matches:
         synonyms = [synonym.strip() for known in model.class_names or () for synonym in known.split(",")]
-        raise unknown("label", name, [known for known in synonyms if _folded(name) in _folded(known)] or synonyms)
+        raise unknown(option, name, [known for known in synonyms if _folded(name) in _folded(known)] or synonyms)
     return matches[0]
 
 

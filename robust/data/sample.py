@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ class Sample:
     sha256: str  # of the source's bytes: the file, or the array's row, before any resizing
 
 
+@runtime_checkable
 class Dataset(Protocol):
     """Samples in a fixed order, read one at a time; iterating again reads the same ones again.
 
