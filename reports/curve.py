@@ -86,7 +86,7 @@ def _draw(summary: pd.DataFrame, layout: Layout) -> Figure:
     axes = figure.subplots()
     for attack, style in _styles(summary):
         eps, accuracy, low, high = _points(summary[summary.attack == attack])
-        # Nothing is clipped: a marker at 0 % or 100 % is drawn whole.
+        # Nothing is clipped: a marker at 0 % or 100 % is drawn whole, and no clip path needs a url().
         axes.fill_between(eps, low, high, color=style["color"], alpha=0.08, linewidth=0, clip_on=False)
         axes.plot(eps, accuracy, label=attack_label(attack), clip_on=False, **style)
     ticks = _ticks(sorted(summary.eps.unique()), layout.ticks)
@@ -101,7 +101,7 @@ def _draw(summary: pd.DataFrame, layout: Layout) -> Figure:
         xlabel="eps, the largest change of any pixel" if norm == "linf" else f"eps, the {norm} size of the change",
         ylabel="robust accuracy",
     )
-    axes.grid(color=_INK, alpha=0.13, linewidth=0.8)
+    axes.grid(color=_INK, alpha=0.13, linewidth=0.8, clip_on=False)
     axes.tick_params(length=0, pad=7, labelcolor=_INK)
     axes.xaxis.label.set_color(_INK)
     axes.yaxis.label.set_color(_INK)
@@ -126,13 +126,16 @@ def _styles(summary: pd.DataFrame) -> Iterator[tuple[str, dict]]:
     yield WORST_CASE, {"color": _INK, "linewidth": 6, "alpha": 0.35, "solid_capstyle": "round"}
     attacks = [str(attack) for attack in summary.attack.unique() if attack not in (WORST_CASE, CONTROL)]
     for k, attack in enumerate(attacks):
-        yield attack, {
-            "color": _COLOURS[k % len(_COLOURS)],
-            "marker": _MARKERS[k % len(_MARKERS)],
-            "linestyle": _DASHES[k // len(_COLOURS) % len(_DASHES)],
-            "linewidth": 2,
-            "markersize": 6,
-        }
+        yield (
+            attack,
+            {
+                "color": _COLOURS[k % len(_COLOURS)],
+                "marker": _MARKERS[k % len(_MARKERS)],
+                "linestyle": _DASHES[k // len(_COLOURS) % len(_DASHES)],
+                "linewidth": 2,
+                "markersize": 6,
+            },
+        )
     if CONTROL in set(summary.attack):
         yield CONTROL, {
             "color": _CONTROL_COLOUR, "marker": "X", "linestyle": "--", "linewidth": 2, "markersize": 7,
@@ -162,8 +165,7 @@ def _legend_columns(summary: pd.DataFrame, layout: Layout) -> int:
     """As many as fit. A column, filled from the top, is as wide as its longest label and the line before it."""
     widths = [(0.6 * len(attack_label(attack)) + 5) * layout.font for attack, _ in _styles(summary)]
     for columns in range(len(widths), 1, -1):
-        lines = -(-len(widths) // columns)
-        if sum(max(widths[top : top + lines]) for top in range(0, len(widths), lines)) <= layout.width:
+        if sum(part.max() for part in np.array_split(widths, columns)) <= layout.width:
             return columns
     return 1
 

@@ -20,7 +20,7 @@ from robust.units import format_class, format_percent
 
 # 300 dpi and letters twice as large as in print: at half the width of a page they are still legible.
 _DPI = 300
-_SIDE, _EQUALS = 1.75, 0.4  # inches: a picture, and the room for the sign between two
+_SIDE, _EQUALS = 1.75, 0.4  # inches: a picture's width, and the room for the sign between two
 _LINE, _MARGIN = 0.26, 0.08  # inches: a line of text, and the room around it
 _LARGE, _SMALL = 15, 12  # points
 _LETTERS = 16  # of _LARGE that fit under a picture
@@ -55,8 +55,8 @@ def panda(example: Example, class_names: Sequence[str] | None) -> Figure:
     plus = f"+ {example.scale_label} ×"
     room_for_plus = 0.2 + 0.6 * len(plus) * _LARGE / 72
     text = _LINE * (max(len(before), len(after)) + 1) + 2 * _MARGIN
-    width, height = 3 * _SIDE + room_for_plus + _EQUALS + 2 * _MARGIN, _MARGIN + _SIDE + text
-    middle = text + _SIDE / 2
+    tall = _SIDE * picture.x.shape[1] / picture.x.shape[2]
+    width, height = 3 * _SIDE + room_for_plus + _EQUALS + 2 * _MARGIN, _MARGIN + tall + text
     figure = Figure(figsize=(width, height), facecolor="white")
 
     def write(x: float, y: float, words: str, size: float, va: str) -> None:
@@ -66,13 +66,13 @@ def panda(example: Example, class_names: Sequence[str] | None) -> Figure:
     left = _MARGIN
     signs = ((plus, room_for_plus), ("=", _EQUALS), ("", 0))
     for (image, label, note), (sign, room) in zip(panels, signs, strict=True):
-        axes = figure.add_axes((left / width, text / height, _SIDE / width, _SIDE / height))
+        axes = figure.add_axes((left / width, text / height, _SIDE / width, tall / height))
         axes.imshow(_pixels(image), interpolation="nearest", aspect="auto")
         axes.set_axis_off()
         for row, (words, size) in enumerate([*((words, _LARGE) for words in label), (note, _SMALL)]):
             write(left + _SIDE / 2, text - _MARGIN - row * _LINE, words, size, "top")
         left += _SIDE + room
-        write(left - room / 2, middle, sign, _LARGE, "center")
+        write(left - room / 2, text + tall / 2, sign, _LARGE, "center")
     return figure
 
 

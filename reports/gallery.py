@@ -4,7 +4,6 @@ import base64
 import io
 import math
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import numpy as np
 import pandas as pd
@@ -64,19 +63,19 @@ class Example:
 
 
 def choose(store: Store, samples: pd.DataFrame, summary: pd.DataFrame) -> list[Example]:
-    """At most `MOST` examples by the rule of `rule`, no image twice: the first of each role, then the second, ..."""
-    attack, row = strongest(summary), headline(summary)
+    """At most `MOST` examples by the rule of `rule`, no image twice: the best of each role, then the next, ..."""
+    attack, norm = strongest(summary), str(headline(summary).norm)
     median = _median_l2(samples, attack)
     pictures = [picture for picture in store.pictures() if picture.attack == attack and len(picture.x) in (1, 3)]
     by_role = {role: [picture for picture in pictures if picture.role == role] for role in ROLES}
     by_role["typical"].sort(key=lambda picture: abs(picture.distance_l2 - median))
-    by_role["withstood"] = [picture for picture in by_role["withstood"] if picture.eps == row.eps]
+    queues = [iter(queue) for queue in by_role.values()]
     chosen: dict[int, Picture] = {}
-    for rank in zip_longest(*by_role.values()):
-        for picture in rank:
-            if picture is not None:
-                chosen.setdefault(picture.position, picture)
-    return [Example(picture, store.clean(picture.position, 1)[0], row.norm) for picture in chosen.values()][:MOST]
+    for queue in queues * MOST:
+        picture = next((other for other in queue if other.position not in chosen), None)
+        if picture is not None:
+            chosen[picture.position] = picture
+    return [Example(picture, store.clean(picture.position, 1)[0], norm) for picture in chosen.values()][:MOST]
 
 
 def rule(samples: pd.DataFrame, summary: pd.DataFrame) -> str:
@@ -85,9 +84,9 @@ def rule(samples: pd.DataFrame, summary: pd.DataFrame) -> str:
     median = _median_l2(samples, attack)
     return (
         f"Chosen by rule, not by beauty, from {attack}, the attack that leaves the fewest images at "
-        f"{format_eps(row.eps, row.norm)}: those with the smallest change in l2; of some drawn at random, those nearest "
-        f"to the median change{'' if math.isnan(median) else f' (l2 {median:.3g})'}; those with the most confident "
-        "wrong answer; and some drawn at random that withstood it. No image is shown twice."
+        f"{format_eps(row.eps, row.norm)}: those with the smallest change in l2; of some drawn at random, those "
+        f"nearest to the median change{'' if math.isnan(median) else f' (l2 {median:.3g})'}; those with the most "
+        "confident wrong answer; and some drawn at random that withstood it. No image is shown twice."
     )
 
 

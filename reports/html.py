@@ -1,6 +1,7 @@
 """report.html: one file for people, with no reference to anything outside it."""
 
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def _environment(class_names: Sequence[str] | None) -> Environment:
         "seconds": units.format_seconds,
         "attack": attack_label,
         "said": _said,
+        "time": _time,
         "class": lambda label: units.format_class(label, class_names),
         # A number and its percent sign stay on one line.
         "nobreak": lambda text: str(text).replace(" %", "\u00a0%"),
@@ -69,6 +71,7 @@ def _context(store: Store, samples: pd.DataFrame, summary: pd.DataFrame) -> dict
     level, reason = verdict(findings)
     correct = round(row.clean_accuracy * row.n)
     confused = confusions(samples, row.eps)
+    attacks = list(_by_attack(summary))
     skipped = details.get("skipped_images") or 0
     return {
         "answer": answer(store, summary),
@@ -82,29 +85,24 @@ def _context(store: Store, samples: pd.DataFrame, summary: pd.DataFrame) -> dict
         "row": row,
         "clean": {"correct": correct, "interval": wilson(correct, int(row.n))},
         "curves": [Markup(inline_svg(summary, WIDE, "wide")), Markup(inline_svg(summary, NARROW, "narrow"))],
-        "attacks": list(_by_attack(summary)),
-        "control": _at(summary, CONTROL, row.eps),
+        "attacks": attacks,
+        "control": next((rows[-1] for attack, rows in attacks if attack == CONTROL), None),
         "rule": rule(samples, summary),
         "classes": per_class(samples, row.eps).to_dict("records"),
         "confusions": confused.head(CONFUSIONS_SHOWN).to_dict("records"),
         "confusions_hidden": max(0, len(confused) - CONFUSIONS_SHOWN),
-        "findings": findings,
+        "findings": sorted(findings, key=lambda finding: ("fail", "warn", "pass").index(finding.level)),
         "efforts": list(_efforts(summary, details.get("attacks") or [])),
         "twin": store.twin_disagreements(),
     }
 
 
 def _by_attack(summary: pd.DataFrame) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """(attack, its rows), the worst case first and the control last."""
+    """(attack, its rows by rising eps), the worst case first and the control last."""
     rank = {WORST_CASE: -1, CONTROL: 1}
     for attack in sorted(summary.attack.unique(), key=lambda attack: rank.get(attack, 0)):
         rows = summary[summary.attack == attack].to_dict("records")
         yield attack, [{**row, "robust": round(row["robust_accuracy"] * row["n"])} for row in rows]
-
-
-def _at(summary: pd.DataFrame, attack: str, eps: float) -> dict[str, Any] | None:
-    rows = summary[(summary.attack == attack) & (summary.eps == eps)].to_dict("records")
-    return {**rows[0], "robust": round(rows[0]["robust_accuracy"] * rows[0]["n"])} if rows else None
 
 
 def _efforts(summary: pd.DataFrame, described: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -130,6 +128,14 @@ def _said(value: Any, key: str, norm: str) -> str:
     if isinstance(value, list | tuple):
         return " ".join(units.format_eps(item, norm) if key == "eps" else str(item) for item in value)
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def _time(text: str) -> str:
+    """A time in ISO format, to the minute; another text as it is."""
+    try:
+        return f"{datetime.fromisoformat(text):%Y-%m-%d %H:%M %Z}".strip()
+    except ValueError:
+        return text
 
 
 def _example(example: Example, class_names: Sequence[str] | None) -> dict[str, Any]:

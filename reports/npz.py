@@ -31,7 +31,11 @@ def write_npz(store: Store, folder: Path) -> None:
     with replacing(folder / "adversarials.npz") as stream, zipfile.ZipFile(stream, "w") as archive:
         _add(archive, "x", shape, np.float32, (x for _, _, x, _ in store.adversarials()))
         _add(archive, "x_adv", shape, np.float32, (x_adv for _, _, _, x_adv in store.adversarials()))
-        for name, column in (("labels", np.array(labels, np.int64)), ("ids", np.array(ids)), ("attacks", np.array(attacks))):
+        for name, column in (
+            ("labels", np.array(labels, np.int64)),
+            ("ids", np.array(ids)),
+            ("attacks", np.array(attacks)),
+        ):
             _add(archive, name, column.shape, column.dtype, [column])
 
 

@@ -15,7 +15,7 @@ def summary_table(store: Store) -> Table:
     summary = store.summary()
     row = headline(summary)
     n, correct = int(row.n), round(row.clean_accuracy * row.n)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left")
     table.caption = f"{format_count(n)} images; {row.norm}; distance: median of the adversarials found"
     table.add_column("attack", overflow="fold")
     for name in ("eps", "robust", "95 % interval", "distance", "time"):
@@ -42,11 +42,13 @@ def plain_lines(store: Store) -> list[str]:
     summary = store.summary()
     row = headline(summary)
     n, correct = int(row.n), round(row.clean_accuracy * row.n)
-    lines = [f"no attack: {_of(correct, n)} correct, {format_percent(correct, n)} ({format_interval(*wilson(correct, n))})"]
+    lines = [
+        f"no attack: {_of(correct, n)} correct, {format_percent(correct, n)} ({format_interval(*wilson(correct, n))})"
+    ]
     for line in summary.itertuples():
-        robust = round(line.robust_accuracy * line.n)
+        robust, eps = round(line.robust_accuracy * line.n), format_eps(line.eps, line.norm)
         lines.append(
-            f"{attack_label(line.attack)}, {line.norm} {format_eps(line.eps, line.norm)}: {_of(robust, line.n)} robust, "
+            f"{attack_label(line.attack)}, {line.norm} {eps}: {_of(robust, line.n)} robust, "
             f"{format_percent(robust, line.n)} ({format_interval(line.ci_low, line.ci_high)})"
         )
     return lines

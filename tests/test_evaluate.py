@@ -1,0 +1,284 @@
+"""The command line: what it writes, what it prints, how it ends."""
+
+import csv
+import json
+import os
+import shlex
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import robust.evaluate
+from robust import cli
+from robust.statistics import SUMMARY_COLUMNS
+from robust.store import FILENAME, SAMPLE_COLUMNS, Store
+from toys import images
+
+ROOT = Path(__file__).resolve().parents[1]
+
+FACTORY = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import torch
+from toys import conv_net
+
+torch.set_num_threads(1)
+
+def net():
+    return conv_net()
+
+def slow():
+    net = conv_net()
+    net.register_forward_hook(lambda *_: time.sleep(0.01))
+    return net
+
+def broken():
+    raise ZeroDivisionError("no luck")
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with a model file and an .npz of 40 images, and the place to run in."""
+    import torch
+
+    from toys import conv_net
+
+    x = (images(40) * 255).round() / 255
+    with torch.no_grad():
+        y = conv_net()(x).argmax(1)
+    np.savez(tmp_path / "data.npz", x=x.numpy(), y=y.numpy())
+    (tmp_path / "model.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+COMMON = "--model model.py:net --data data.npz --eps 0.01,0.03 --steps 4"
+
+
+def run(line: str, capsys) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of the command line, in this process."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["robust.evaluate", *shlex.split(line)])
+        cli.main(robust.evaluate.evaluate)
+    printed = capsys.readouterr()
+    return int(ended.value.code or 0), printed.out, printed.err
+
+
+def start(line: str, folder: Path, **options) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "robust.evaluate", *shlex.split(line)]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def test_a_run_leaves_what_the_contract_says(project, capsys):
+    code, out, err = run(f"{COMMON} --output out --save-adversarials", capsys)
+    assert (code, err) == (0, "")
+    produced = {path.name for path in (project / "out").iterdir()}
+    assert produced >= {
+        FILENAME, "samples.csv", "summary.csv", "report.json", "report.html", "figures", "adversarials.npz",
+    }  # fmt: skip
+    with (project / "out" / "samples.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert tuple(rows[0]) == SAMPLE_COLUMNS
+    assert len(rows) == 1 + 40 * 3 * 2
+    with (project / "out" / "summary.csv").open() as file:
+        assert tuple(next(csv.reader(file))) == SUMMARY_COLUMNS
+    report = json.loads((project / "out" / "report.json").read_text())
+    assert report["options"]["attacks"] == ["fgsm", "pgd", "noise"]
+    assert report["options"]["eps"] == [0.01, 0.03]
+    # The same answer, last but for the report's path; no control characters where stdout is no terminal.
+    assert out.splitlines()[-1] == f"Report: {Path('out') / 'report.html'}"
+    assert out.splitlines()[-2] == report["answer"]
+    assert "\x1b" not in out and "\r" not in out
+
+
+def test_the_reports_command_runs_it_again(project, capsys):
+    run(f"{COMMON} --output out --attack pgd", capsys)
+    command = json.loads((project / "out" / "report.json").read_text())["command"]
+    prefix = "python -m robust.evaluate "
+    assert command.startswith(prefix)
+    run(command.removeprefix(prefix).replace("--output out", "--output again"), capsys)
+    assert (project / "again" / "samples.csv").read_bytes() == (project / "out" / "samples.csv").read_bytes()
+
+
+def test_quiet_says_nothing(project, capsys):
+    assert run(f"{COMMON} --attack fgsm --quiet --output out", capsys) == (0, "", "")
+
+
+def test_without_output_each_run_has_a_folder_of_its_own(project, capsys):
+    run(f"{COMMON} --attack fgsm --quiet", capsys)
+    (folder,) = (project / "runs").iterdir()
+    assert folder.name.startswith("model.py-net-")
+    assert (folder / "report.html").exists()
+
+
+def test_the_bundled_network_and_images_need_no_option_but_time(project, capsys):
+    code, out, _ = run("--limit 3 --attack fgsm --eps 4/255 --output out", capsys)
+    assert code == 0
+    assert "efficientnet_lite0 classifies" in out
+    assert json.loads((project / "out" / "report.json").read_text())["data"]["name"] == "samples"
+
+
+def test_help_needs_neither_torch_nor_pandas():
+    code = (
+        "import sys; sys.argv = ['robust.evaluate', '--help']\n"
+        "from robust import cli, evaluate\n"
+        "try: cli.main(evaluate.evaluate)\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "assert not {'torch', 'pandas', 'scipy', 'matplotlib'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for option in ("--model", "--eps", "--resume", "--save-adversarials"):
+        assert option in done.stdout
+
+
+def test_lists(project, capsys):
+    _, models, _ = run("--list-models", capsys)
+    assert {"efficientnet_lite0", "resnet50"} <= {line.strip() for line in models.splitlines()}
+    _, known, _ = run("--list-attacks", capsys)
+    assert {"fgsm", "pgd", "noise", "foolbox:LinfDeepFoolAttack"} <= set(known.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("--model resnet5", "did you mean resnet50"),
+        (f"{COMMON} --attack pdg", "did you mean pgd"),
+        (f"{COMMON} --norm l_inf", "did you mean linf"),
+        ("--eps 8", "did you mean 8/255"),
+        ("--eps=-8/255", "must be a positive number"),
+        ("--eps nan", "must be a positive number"),
+        ("--eps ,", "eps is empty"),
+        ("--steps 0", "steps must be at least 1"),
+        ("--steps many", "--steps"),
+        ("--stepps 3", "--stepps"),
+        ("--attack pgd --attack pgd", "named twice"),
+        ("--resume", "--resume needs the --output"),
+        ("--model model.py:broken", "ZeroDivisionError: no luck"),
+        ("--model model.py:nett", "did you mean net"),
+        ("--model nowhere.py:net", "nowhere.py"),
+        ("--model model.py:net --weights nowhere.pth", "nowhere.pth"),
+        ("--model model.py:net --data nowhere", "nowhere"),
+        ("--model model.py:net --data empty", "empty"),
+        ("--model model.py:net --data words.npz", "no array x and no y"),
+        (f"{COMMON} --device warp", "device 'warp' cannot be used"),
+        (f"{COMMON} --target gibbon", "give the target as a number"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(project, capsys, line, says):
+    (project / "empty").mkdir()
+    np.savez(project / "words.npz", z=np.zeros(3))
+    before = sorted(project.rglob("*"))
+    code, out, err = run(f"{line} --output out" if "--resume" not in line else line, capsys)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert says in err
+    after = [path for path in sorted(project.rglob("*")) if "__pycache__" not in path.parts]
+    assert after == before
+
+
+def test_an_output_that_holds_another_run_is_kept(project, capsys):
+    run(f"{COMMON} --attack fgsm --output out", capsys)
+    before = {path: path.read_bytes() for path in (project / "out").iterdir() if path.is_file()}
+    code, _, err = run(f"{COMMON} --attack fgsm --output out", capsys)
+    assert code == 2 and "out already holds a run: continue it with --resume" in err
+    code, _, err = run(f"{COMMON} --attack pgd --output out --resume", capsys)
+    assert code == 2 and "options attacks (['fgsm'] there, ['pgd'] here)" in err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_bad_image_stops_the_run_or_is_counted(project, capsys):
+    from PIL import Image
+
+    for k in range(5):
+        folder = project / "pictures" / str(k)
+        folder.mkdir(parents=True)
+        Image.new("RGB", (12, 12), (40 * k, 90, 200)).save(folder / "a.png")
+    (project / "pictures" / "3" / "bad.png").write_bytes(b"no image")
+    line = "--model model.py:net --data pictures --attack fgsm --eps 0.1 --output out"
+    code, _, err = run(line, capsys)
+    assert code == 2 and "bad.png" in err and "--skip-bad-images" in err
+    assert not (project / "out").exists()
+    code, _, _ = run(f"{line} --skip-bad-images", capsys)
+    assert code == 0
+    findings = {f["name"]: f for f in json.loads((project / "out" / "report.json").read_text())["findings"]}
+    assert "1 unreadable" in findings["images read"]["message"] and "bad.png" in findings["images read"]["message"]
+
+
+def test_a_full_disk_keeps_what_is_done(project, capsys, monkeypatch):
+    add_unit = Store.add_unit
+
+    def limited(self, *args, **kwargs):
+        # SQLite says of a database that may not grow what it says of a disk that is full.
+        pages = self._db.execute("PRAGMA page_count").fetchone()[0]
+        self._db.execute(f"PRAGMA max_page_count = {pages}")
+        return add_unit(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "add_unit", limited)
+        code, _, err = run(f"{COMMON} --output out", capsys)
+    assert code == 2
+    assert err == "error: the disk is full: make room, then repeat the command with --resume; what is done is kept\n"
+    code, _, _ = run(f"{COMMON} --output out --resume", capsys)
+    assert code == 0
+    run(f"{COMMON} --output whole", capsys)
+    assert (project / "out" / "samples.csv").read_bytes() == (project / "whole" / "samples.csv").read_bytes()
+
+
+SLOW = "--model model.py:slow --data data.npz --eps 0.01,0.03 --steps 6 --batch-size 2 --attack pgd,noise"
+
+
+def units(folder: Path) -> int:
+    try:
+        connection = sqlite3.connect(f"file:{folder / FILENAME}?mode=ro", uri=True)
+        return connection.execute("SELECT count(*) FROM unit").fetchone()[0]
+    except sqlite3.OperationalError:
+        return 0
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.01)
+
+
+def test_killed_and_resumed_equals_uninterrupted(project, capsys):
+    killed = []
+    for enough in (1, 5):
+        process = start(f"{SLOW} --output out --resume", project)
+        wait_for(lambda enough=enough: units(project / "out") >= enough)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        killed.append(units(project / "out"))
+    assert killed == sorted(killed) and killed[-1] < 10  # 5 windows of 8 images, 2 attacks
+    code, _, _ = run(f"{SLOW} --output out --resume", capsys)
+    assert code == 0
+    run(f"{SLOW} --output whole", capsys)
+    assert (project / "out" / "samples.csv").read_bytes() == (project / "whole" / "samples.csv").read_bytes()
+    whole, resumed = (pd.read_csv(project / name / "summary.csv") for name in ("whole", "out"))
+    pd.testing.assert_frame_equal(resumed.drop(columns="seconds"), whole.drop(columns="seconds"))
+
+
+def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(project):
+    process = start(f"{SLOW} --output out", project)
+    wait_for(lambda: units(project / "out") >= 2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    (line,) = err.splitlines()
+    assert (
+        line == f"interrupted; what is done is kept. To go on: python -m robust.evaluate {SLOW} --output out --resume"
+    )
+    assert units(project / "out") >= 2
