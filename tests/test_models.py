@@ -1,16 +1,21 @@
 """Models by spec: every source, every way to give weights, and everything that a user can get wrong."""
 
+import email.message
+import hashlib
+import http.client
 import io
 import re
 import socket
 import subprocess
 import sys
 import textwrap
+import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -25,6 +30,7 @@ from torch import Tensor, nn
 
 from robust.errors import InputError
 from robust.models import imagenet, list_models, load_model
+from robust.models.download import from_hugging_face, from_torch_hub
 from robust.models.model import Model, Preprocess
 
 SMALL = "shufflenet_v2_x0_5"  # of torchvision: 5 MB, and a linear classifier
@@ -50,11 +56,12 @@ def logits(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def trained(net: nn.Module, seed: int = 0) -> nn.Module:
-    """In eval mode, with batch-norm statistics unlike the identity they begin as."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in net.state_dict().items():
-        if name.endswith(("running_mean", "running_var")):
-            tensor += 0.1 * torch.rand(tensor.shape, generator=generator)
+    """In eval mode; its batch-norms have seen a batch, without which a deep one answers alike whatever it is shown."""
+    norms = [part for part in net.modules() if isinstance(part, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the mean over all batches, of which there is one
+    if norms:
+        net.train()(torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(seed)))
     return net.eval()
 
 
@@ -151,20 +158,38 @@ def test_class_names_and_wnids_are_in_the_same_order() -> None:
     assert (imagenet.class_names()[388], imagenet.wnids()[388]) == ("giant panda", "n02510455")
 
 
-def test_the_bundled_model_gets_80_percent_of_foolboxs_imagenet_images() -> None:
+def accuracy(model: Model, files: list[Path], labels: list[int], crop: float) -> float:
+    images = []
+    for file in files:
+        image = Image.open(file).convert("RGB")
+        side = crop * min(image.size)
+        x, y = ((length - side) / 2 for length in image.size)
+        box = (x, y, x + side, y + side)
+        images.append(np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC, box), np.float32))
+    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
+    return (logits(model.module, batch).argmax(dim=1) == torch.tensor(labels)).float().mean().item()
+
+
+def test_the_bundled_model_on_foolboxs_imagenet_images() -> None:
     model = load_model("efficientnet_lite0")
     spec = find_spec("foolbox")
     assert spec is not None and spec.submodule_search_locations
     files = sorted(Path(spec.submodule_search_locations[0], "data").glob("imagenet_*"))
-    images = [Image.open(file).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC) for file in files]
-    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
-    labels = torch.tensor([int(re.split(r"[_.]", file.name)[2]) for file in files])
-    assert x.shape == (20, 3, 224, 224)
-    assert (logits(model.module, x).argmax(dim=1) == labels).sum() == 16
+    assert len(files) == 20
+    assert accuracy(model, files, [int(re.split(r"[_.]", file.name)[2]) for file in files], crop=1) >= 0.8
     assert model.num_classes == 1000 and model.input_size == (3, 224, 224)
     assert model.preprocess == Preprocess(256, 224, "bicubic")
     assert model.class_names == imagenet.class_names() and model.wnids == imagenet.wnids()
     assert not any(part.training for part in model.module.modules())
+
+
+def test_the_bundled_model_on_imagenet(shared: Path) -> None:
+    """88 of these 100; 81 with ImageNet's usual mean and std, and 79 with timm's other padding."""
+    folders = sorted((shared / "data" / "imagenet_sample").iterdir())[::5]
+    files = [file for folder in folders for file in folder.iterdir()]
+    labels = [imagenet.wnids().index(file.parent.name) for file in files]
+    assert len(files) == 100
+    assert accuracy(load_model("efficientnet_lite0"), files, labels, crop=224 / 256) >= 0.86
 
 
 def test_the_bundled_model_takes_no_other_weights(tmp_path: Path) -> None:
@@ -243,30 +268,49 @@ def test_where_the_download_is_impossible_the_three_ways_on_are_named(caches: Pa
     assert not [path for path in caches.rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("answer", [b"<html>log in first</html>", TimeoutError("timed out")])
+class Response(io.BytesIO):
+    """What urlopen gives: some bytes, then perhaps an error."""
+
+    def __init__(self, content: bytes, error: Exception | None = None) -> None:
+        super().__init__(content)
+        self.error = error
+
+    def read(self, size: int | None = -1) -> bytes:
+        content = super().read(size)
+        if not content and self.error:
+            raise self.error
+        return content
+
+    def info(self) -> email.message.Message:
+        return email.message.Message()
+
+
+@pytest.mark.parametrize(
+    ("response", "says"),
+    [
+        (lambda: Response(b"<html>log in first</html>"), "invalid hash value"),
+        (lambda: Response(b"half of", TimeoutError("timed out")), "timed out"),
+        (lambda: Response(b"half of", http.client.IncompleteRead(b"half of", 7)), "IncompleteRead"),
+    ],
+)
 def test_a_download_that_goes_wrong_leaves_no_file(
-    answer: bytes | Exception, caches: Path, monkeypatch: pytest.MonkeyPatch
+    response: Callable[[], Response], says: str, caches: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Response(io.BytesIO):
-        def read(self, *arguments: Any) -> bytes:
-            if isinstance(answer, Exception):
-                raise answer
-            return super().read(*arguments)
-
-        def info(self) -> Any:
-            class Headers:
-                def get_all(self, name: str) -> None: ...
-
-            return Headers()
-
-    monkeypatch.setattr(
-        torch.hub, "urlopen", lambda request: Response(b"" if isinstance(answer, Exception) else answer)
-    )
+    monkeypatch.setattr(torch.hub, "urlopen", lambda request: response())
     message = refused("resnet50")
-    assert ("timed out" if isinstance(answer, Exception) else "invalid hash value") in message
-    assert "--weights FILE" in message
+    assert says in message and "--weights FILE" in message
     assert not [path for path in caches.rglob("*") if path.is_file()]
     assert socket.getdefaulttimeout() is None
+
+
+def test_a_download_is_kept_in_the_torch_cache(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"https://example.org/net-{hashlib.sha256(b'weights').hexdigest()[:8]}.pth"
+    requests: list[Any] = []
+    monkeypatch.setattr(torch.hub, "urlopen", lambda request: requests.append(request) or Response(b"weights"))
+    path = from_torch_hub(url)
+    assert path.parent == caches / "torch" / "checkpoints" and path.read_bytes() == b"weights"
+    assert from_torch_hub(url) == path
+    assert len(requests) == 1
 
 
 def test_a_corrupt_file_in_the_torch_cache_is_named(caches: Path) -> None:
@@ -460,15 +504,26 @@ def test_an_input_size_that_the_network_does_not_take_is_refused(tmp_path: Path)
         ("timm:legacy_seresnet18", "torch/checkpoints/seresnet18-4bb0ce65.pth"),  # not on Hugging Face
     ],
 )
-def test_where_timms_download_is_impossible_it_is_not_tried_for_long(spec: str, cache: str, caches: Path) -> None:
-    asked: list[object] = []
-    sleep = pytest.MonkeyPatch()
-    sleep.setattr("time.sleep", asked.append)  # the hub's client waits between its attempts
+def test_where_timms_download_is_impossible_it_is_tried_only_once(
+    spec: str, cache: str, caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)  # what the hub's client does between its attempts
     message = refused(spec)
-    sleep.undo()
-    assert asked == []
+    assert waits == []
     assert "--weights FILE" in message and "--model efficientnet_lite0" in message
     assert str(caches / cache) in message
+
+
+def test_the_file_that_timms_repository_has_is_downloaded(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def model_info(repository: str, timeout: float) -> object:
+        files = [SimpleNamespace(rfilename=name) for name in ("README.md", "pytorch_model.bin")]
+        return SimpleNamespace(siblings=files)
+
+    monkeypatch.setattr(huggingface_hub, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *arguments: "/".join(arguments))
+    path = from_hugging_face("timm/net", ["model.safetensors", "pytorch_model.bin"])
+    assert path == Path("timm/net/pytorch_model.bin")
 
 
 def test_a_corrupt_file_in_the_hugging_face_cache_is_named(caches: Path) -> None:
@@ -508,7 +563,7 @@ def write(tmp_path: Path) -> Write:
 
             class Fixed(nn.Sequential):
                 def __init__(self, channels, side, classes):
-                    super().__init__(nn.Flatten(), nn.Linear(channels * side * side, classes))
+                    super().__init__(nn.AvgPool2d(side // 4), nn.Flatten(), nn.Linear(channels * 16, classes))
         """
         (tmp_path / name).write_text(textwrap.dedent(source) + textwrap.dedent(make))
         return f"{tmp_path / name}:make"
@@ -559,9 +614,9 @@ def test_a_declared_size_that_is_not_square_is_not_resized_to(write: Write) -> N
     assert (model.input_size, model.preprocess) == ((3, 20, 30), None)
 
 
-@pytest.mark.parametrize(("channels", "side"), [(3, 40), (1, 40)])
-def test_input_size_is_obeyed_with_the_networks_channels(channels: int, side: int, write: Write) -> None:
-    model = load_model(write(f"def make(): return Net({channels}).eval()"), None, side)
+@pytest.mark.parametrize(("channels", "classes", "side"), [(3, 10, 40), (1, 10, 40), (3, 1000, 224)])
+def test_input_size_is_obeyed_with_the_networks_channels(channels: int, classes: int, side: int, write: Write) -> None:
+    model = load_model(write(f"def make(): return Net({channels}, {classes})"), None, side)
     assert (model.input_size, model.preprocess) == ((channels, side, side), Preprocess(side, side))
 
 
@@ -579,10 +634,11 @@ def test_a_file_may_import_its_siblings_even_late_and_sys_path_is_left_alone(tmp
     assert sys.path == path
 
 
-def test_files_of_the_same_name_are_different_modules(tmp_path: Path, write: Write) -> None:
-    (tmp_path / "b").mkdir()
-    specs = [write("def make(): return Net(3, 4)"), write("def make(): return Net(3, 5)", "b/net.py")]
+def test_a_file_takes_no_other_modules_place(write: Write) -> None:
+    json = sys.modules["json"]
+    specs = [write("def make(): return Net(3, 4)", "json.py"), write("def make(): return Net(3, 5)", "json.v2.py")]
     assert [load_model(spec).num_classes for spec in specs] == [4, 5]
+    assert sys.modules["json"] is json
 
 
 def test_the_fingerprint_covers_the_source(write: Write) -> None:
@@ -639,7 +695,7 @@ def test_weights_for_a_factory(tmp_path: Path, write: Write) -> None:
         ("def make():\n    net = Net()\n    net.input_size = (3, 0, 4)\n    return net", "must be .channels, height"),
         ("def make():\n    net = Net()\n    net.class_names = 'ab'\n    return net", "class_names must be a list"),
         ("def make():\n    net = Net()\n    net.class_names = ['a']\n    return net", "class_names must be a list"),
-        ("def make():\n    net = Fixed(3, 48, 4)\n    net.input_size = (3, 32, 32)\n    return net", "on 3x32x32 images"),
+        ("def make():\n    net = Net(1)\n    net.input_size = (3, 32, 32)\n    return net", "on 3x32x32 images"),
         ("def make(): return Fixed(3, 48, 4)", "3x32x32.*1x28x28.*3x224x224.*--input-size.*input_size"),
     ],
 )  # fmt: skip

@@ -49,7 +49,7 @@ def from_hugging_face(repository: str, filenames: Sequence[str]) -> Path:
     try:
         files = huggingface_hub.model_info(repository, timeout=TIMEOUT).siblings or []
         available = {file.rfilename for file in files}
-        filename = next(filename for filename in filenames if filename in available)
+        filename = next((filename for filename in filenames if filename in available), filenames[0])
         return Path(huggingface_hub.hf_hub_download(repository, filename))
     except Exception as error:  # the client's exceptions change with its HTTP library
         cache = Path(huggingface_hub.constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")

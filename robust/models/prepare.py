@@ -78,9 +78,9 @@ def _difference(twin: nn.Module, module: nn.Module, x: Tensor) -> str | None:
         logits = twin(query)
         loss = F.cross_entropy(logits, expected.argmax(dim=1))
         (gradient,) = torch.autograd.grad(loss, query)
-    error = (logits.detach() - expected).abs().max() / expected.abs().max()
-    if not error <= TOLERANCE:  # also where it is NaN
-        return f"a copy's logits are off by {error:.1%} of the largest"
+    error, largest = (logits.detach() - expected).abs().max(), expected.abs().max()
+    if not error <= TOLERANCE * largest:  # NaN is no agreement either
+        return f"a copy's logits are off by {error:.3g}, where the largest is {largest:.3g}"
     if not torch.equal(logits.argmax(dim=1), expected.argmax(dim=1)):
         return "a copy classifies some images differently"
     if not gradient.isfinite().all():

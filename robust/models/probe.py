@@ -54,7 +54,7 @@ def find_input_size(module: nn.Module) -> tuple[Size | None, int]:
     size, classes = first_accepted(module, (CIFAR, MNIST, IMAGENET))
     if classes == 1000 and size == CIFAR:
         try:
-            size, classes = first_accepted(module, (IMAGENET,))
+            return IMAGENET, count_classes(module, IMAGENET)
         except InputError:
             return None, classes
     telling = {CIFAR: classes in (10, 100), MNIST: True, IMAGENET: classes == 1000}
