@@ -137,4 +137,5 @@ def _evaluate(
     with torch.enable_grad():
         logits = model(query)
         (grad,) = torch.autograd.grad(attack.loss(logits, state).sum(), query)
-    return logits.detach(), grad
+    # An attack may overwrite its gradient; that of a sum is one number seen many times.
+    return logits.detach(), grad.clone() if 0 in grad.stride() else grad

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.attack import Outcome, Task
-from attacks.norms import NORMS
+from attacks.norms import NORMS, per_slot
 
 PREFIX = "foolbox:"
 OPTIONS = {"steps": "steps", "step_size": "rel_stepsize", "random_start": "random_start"}  # our names, theirs
@@ -72,9 +72,10 @@ class FoolboxAttack:
             with _seeded(seed), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 try:
-                    yield from self._attack(model, batch, eps)
+                    outcomes = self._attack(model, batch, eps)
                 except Exception as error:
                     raise AttackFailed(f"{self.name} raised {type(error).__name__}: {error}") from error
+            yield from outcomes
 
     def _attack(self, model: nn.Module, batch: Sequence[Task], eps: Sequence[float]) -> list[Outcome]:
         from foolbox import Misclassification, PyTorchModel, TargetedMisclassification
@@ -111,6 +112,10 @@ class FoolboxAttack:
                 rung = torch.where(reached, first, rung)
             else:
                 rung[standing[success.cpu()]] = k
+        # A search that ended outside every eps, or in NaN, found nothing: its last point is the clean image.
+        found_none = (rung < 0) | ~x_adv.flatten(1).isfinite().all(1).cpu()
+        rung[found_none] = -1
+        x_adv = torch.where(per_slot(found_none.to(x.device), x), x, x_adv)
         return [
             Outcome(
                 position=task.position,

@@ -41,7 +41,9 @@ class Noise:
         shape = self.shape if shape is None else shape
         rows = np.empty((len(self.keys), *shape), np.float32)
         for row, key, restart in zip(rows, self.keys, self.restarts, strict=True):
+            # As uint64, for numpy would make floats of numbers on both sides of 2^63.
+            words = np.array([self.seed, key], np.uint64)
             # The lowest counter word is the one that advances within a draw.
-            philox = np.random.Philox(key=[self.seed, key], counter=[0, step, restart, stream])
+            philox = np.random.Philox(key=words, counter=[0, step, restart, stream])
             row[...] = draw(np.random.Generator(philox), shape)
         return torch.from_numpy(rows).to(self.device)

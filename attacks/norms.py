@@ -56,7 +56,8 @@ class L2(Norm):
     name = "l2"
 
     def distance(self, delta: Tensor) -> Tensor:
-        return delta.flatten(1).norm(dim=1)
+        # In float32 a sum over 150,528 squares is off by more than a projection may be.
+        return torch.linalg.vector_norm(delta.flatten(1), dim=1, dtype=torch.float64).to(delta.dtype)
 
     def project_(self, delta: Tensor, eps: Tensor) -> Tensor:
         factor = (eps / self.distance(delta).clamp(min=1e-12)).clamp(max=1)

@@ -132,7 +132,7 @@ def compare(case: Case, model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> 
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
     standing: dict[str, list[int]] = {name: [] for name in METHODS}
     for method in METHODS.values():  # warm up
-        method(model, x[:BATCH], y[:BATCH], case.eps)
+        method(model, x[:8], y[:8], case.eps)
     for turn in range(rounds):
         order = list(METHODS.items())
         for name, method in order[turn % len(order) :] + order[: turn % len(order)]:

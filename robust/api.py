@@ -25,8 +25,9 @@ from robust.harness import Listener, Plan, evaluate, pick_device, plan
 from robust.models import load_model
 from robust.models.model import Model, fingerprint
 from robust.models.prepare import frozen
-from robust.options import DEFAULT_ATTACKS, Options
-from robust.store import FILENAME, Finding, Store, differences
+from robust.models.probe import count_classes
+from robust.options import DEFAULT_ATTACKS, Options, parse_eps, parse_names
+from robust.store import FILENAME, Finding, Store, differences, holds_run
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,14 @@ class Run:
 def run(
     model: nn.Module | Model | str,
     data: Iterable[Any] | str = "samples",
-    attacks: Sequence[str] = DEFAULT_ATTACKS,
+    attacks: Sequence[str] | str = DEFAULT_ATTACKS,
     norm: str = "linf",
-    eps: float | Sequence[float] | None = None,
+    eps: float | str | Sequence[float] | None = None,
     steps: int | None = None,
     *,
     step_size: float | None = None,
     restarts: int = 1,
-    random_start: bool = True,
+    random_start: bool | None = None,
     target: str | int | None = None,
     batch_size: int = 64,
     limit: int | None = None,
@@ -89,10 +90,10 @@ def run(
     model: any nn.Module from pixels (N, C, H, W) in [0, 1] to logits (N, K), its normalisation inside; or a
         spec as on the command line, such as "resnet50". It is evaluated in eval mode and left as it was.
     data: any iterable of (x, y), batches or single samples, x float32 in [0, 1]; or a spec such as "samples".
-    attacks: names out of `attacks.names()`, each once.
+    attacks: names out of `attacks.names()`, each once; or one such name.
     norm: "linf" or "l2".
-    eps: radii in pixel units, such as 8 / 255; one or several, which cost little more than one. None for
-        some that suit the images.
+    eps: radii in pixel units, such as 8 / 255 or "8/255"; one or several, which cost little more than one.
+        None for some that suit the images.
     steps, step_size, random_start: of iterative attacks; None for the attack's own. step_size is a fraction of
         eps.
     restarts: runs from different random starts, on the samples still standing.
@@ -106,9 +107,9 @@ def run(
     Raises InputError, whose message is one line, for anything wrong with the arguments.
     """
     options = Options(
-        attacks=tuple(attacks),
+        attacks=parse_names([attacks] if isinstance(attacks, str) else attacks),
         norm=norm,
-        eps=() if eps is None else (float(eps),) if isinstance(eps, int | float) else tuple(map(float, eps)),
+        eps=_radii(eps),
         steps=steps,
         step_size=step_size,
         restarts=restarts,
@@ -120,6 +121,10 @@ def run(
         device=device or ("auto" if isinstance(model, str) else _device_of(model)),
         save_adversarials=save_adversarials,
     )
+    if resume and output is None:
+        raise InputError("resume needs the output of the run to continue")
+    if class_names is not None and not isinstance(model, nn.Module):
+        raise InputError("class_names go with a module; a model by its spec has names of its own")
     if isinstance(model, str):
         model = load_model(model)
     if isinstance(data, str):
@@ -177,8 +182,11 @@ def execute(
     store = _open_store(output, resume, identity, details)
     try:
         evaluate(model, data, options, planned, store, listener)
-    except InputError:
+    except InputError as error:
+        begun = store.seconds()
         store.discard_if_empty()
+        if begun and output is not None and not resume:
+            raise InputError(f"{error}; what is done is kept: go on with --resume") from None
         raise
     store.set(finished=_now())
     return Run(store)
@@ -186,13 +194,14 @@ def execute(
 
 def _open_store(output: Path | None, resume: bool, identity: dict[str, Any], details: dict[str, Any]) -> Store:
     path = None if output is None else output / FILENAME
-    if resume and path is not None and path.exists():
+    if resume and path is not None and holds_run(path):
         store = Store.open(path)
         if differ := differences(store.identity, identity):
             raise InputError(
                 f"{output} holds another run: it differs in {'; '.join(differ)}; "
                 "repeat the options it was begun with, or name another --output"
             )
+        store.set(environment=details["environment"])
         return store
     return Store.create(path, identity, details)
 
@@ -222,20 +231,28 @@ class _ReadOnce:
 
 def _wrap(module: nn.Module, first: Sample, class_names: Sequence[str] | None) -> Model:
     """A user's module as a Model; its first output says how many classes it has."""
-    device = _device_of(module)
-    with frozen(module), torch.no_grad():
-        logits = module(first.x[None].to(device))
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != 1:
-        raise InputError("the model's output must be logits of shape (N, classes), one row an image")
+    channels, height, width = first.x.shape
+    with frozen(module):
+        num_classes = count_classes(module, (channels, height, width))
+    if class_names is not None and len(class_names) != num_classes:
+        raise InputError(f"class_names has {len(class_names)} names and the model {num_classes} classes")
     return Model(
         name=type(module).__name__,
         source="a module in memory",
         module=module,
-        num_classes=logits.shape[1],
+        num_classes=num_classes,
         class_names=tuple(class_names) if class_names else None,
         fingerprint=fingerprint(module),
-        was_training=module.training,
+        was_training=any(part.training for part in module.modules()),
     )
+
+
+def _radii(eps: float | str | Sequence[float] | None) -> tuple[float, ...]:
+    if eps is None:
+        return ()
+    if isinstance(eps, str):
+        return parse_eps(eps)
+    return tuple(map(float, eps)) if isinstance(eps, Iterable) else (float(eps),)
 
 
 def _device_of(model: nn.Module | Model) -> str:

@@ -1,9 +1,8 @@
 """What every command line of the project shares: how it ends.
 
-0 done; 1 a gate failed; 2 the input or the options are wrong, said in one line on stderr; 130 interrupted.
+0 done; 1 a gate or an attack failed; 2 the input or the options are wrong, said in one line on stderr; 130 interrupted.
 """
 
-import errno
 import sqlite3
 import sys
 from collections.abc import Callable
@@ -24,7 +23,11 @@ def main(command: Callable[..., Any]) -> NoReturn:
     except InputError as error:
         _fail(str(error))
     except (sqlite3.OperationalError, OSError) as error:
-        if not _disk_is_full(error):
+        from robust.store import disk_is_full
+
+        if "locked" in str(error):
+            _fail("another process is writing this run: wait for it, or name another --output")
+        if not disk_is_full(error):
             raise
         _fail("the disk is full: make room, then repeat the command with --resume; what is done is kept")
     except Exception as error:
@@ -37,7 +40,3 @@ def main(command: Callable[..., Any]) -> NoReturn:
 def _fail(message: str) -> NoReturn:
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
-
-
-def _disk_is_full(error: Exception) -> bool:
-    return "disk is full" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)

@@ -24,12 +24,16 @@ FEW_SAMPLES = 100
 FEW_STEPS = 10
 
 
-def preflight(model: Model, x: Tensor) -> list[Finding]:
-    """Findings on the model itself, on a few images x (N, C, H, W)."""
-    return list(_preflight(model, x))
+def has_input_gradient(model: Model, x: Tensor) -> bool:
+    """Whether the model's output depends on its input for autograd; x is (N, C, H, W)."""
+    import torch
+
+    with torch.enable_grad():
+        return bool(model.module(x[:1].detach().clone().requires_grad_()).requires_grad)
 
 
-def _preflight(model: Model, x: Tensor) -> Iterator[Finding]:
+def preflight(model: Model, x: Tensor, logits: Tensor) -> Iterator[Finding]:
+    """Findings on the model itself, on a few images x (N, C, H, W) and what it says of them, (N, K)."""
     import torch
 
     def check(name: str, good: bool, passed: str, message: str, level: str = "warn") -> Finding:
@@ -37,7 +41,7 @@ def _preflight(model: Model, x: Tensor) -> Iterator[Finding]:
 
     module = model.module
     with torch.no_grad():
-        logits, again, alone = module(x), module(x), module(x[:1])
+        again, alone = module(x), module(x[:1])
     scale = float(logits.abs().max()) + 1e-12
 
     yield check(
@@ -91,16 +95,14 @@ def _preflight(model: Model, x: Tensor) -> Iterator[Finding]:
     )
 
 
-def review(store: Store) -> list[Finding]:
+def review(store: Store) -> Iterator[Finding]:
     """Every finding on a run: those of the preflight, and what its tables say."""
-    stored = [Finding(**row) for row in store.details.get("preflight", [])]
-    return [*stored, *_review(store)]
-
-
-def _review(store: Store) -> Iterator[Finding]:
     details, identity = store.details, store.identity
+    yield from (Finding(**row) for row in details.get("preflight", []))
     for name, message in details.get("failed_attacks", {}).items():
         yield Finding(f"attack {name}", "fail", f"{message}; the other attacks went on without it")
+    if left_out := details.get("target_images"):
+        yield Finding("target", "pass", f"{left_out} images of the target's own class were left out")
     if skipped := details.get("skipped_images"):
         yield Finding("images read", "warn", f"{len(skipped)} unreadable images were left out, the first {skipped[0]}")
     summary = store.summary()
@@ -139,18 +141,20 @@ def _review(store: Store) -> Iterator[Finding]:
 
 def _strength(options: dict, attacks: set[str]) -> Finding:
     steps = options.get("steps") or 40
-    iterative = sorted(attacks - {CONTROL, "fgsm"})
-    if not iterative:
+    others = sorted(attacks - {CONTROL, "fgsm"})
+    if not others:
         return Finding("attack strength", "warn", "no iterative attack ran: an upper bound only; add --attack pgd")
-    if steps < FEW_STEPS and "pgd" in iterative:
+    if "pgd" not in others:
+        return Finding("attack strength", "warn", f"how strong {', '.join(others)} is, is not known; add --attack pgd")
+    if steps < FEW_STEPS:
         return Finding("attack strength", "warn", f"{steps} steps are few; robust accuracy at 40 is likely lower")
-    return Finding("attack strength", "pass", f"{', '.join(iterative)} searched beyond the first step")
+    return Finding("attack strength", "pass", f"pgd searched beyond the first step, for {steps}")
 
 
 def _comparisons(summary: pd.DataFrame) -> Iterator[Finding]:
     table = summary.pivot(index="eps", columns="attack", values="robust_accuracy")
     n = int(summary.n.iloc[0])
-    one = 1.5 / n  # a difference of one image is no evidence
+    one = max(1.5 / n, 0.005)  # a difference of one image, or of half a point, is no evidence
     gradient = [name for name in table.columns if name not in (CONTROL, WORST_CASE)]
     if CONTROL in table and gradient:
         beaten = (table[gradient].min(axis=1) - table[CONTROL]).max()

@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -84,8 +85,12 @@ def evaluate(
         int, typer.Option(help="Random starts tried on an image that still stands.", rich_help_panel=_ATTACK)
     ] = 1,
     random_start: Annotated[
-        bool, typer.Option(help="Begin at a random point of the ball, or at the image.", rich_help_panel=_ATTACK)
-    ] = True,
+        bool | None,
+        typer.Option(
+            help="Begin at a random point of the ball, or at the image. Default: the attack's own, random for pgd.",
+            rich_help_panel=_ATTACK,
+        ),
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option(help="Reach this class (name or index), rather than any wrong one.", rich_help_panel=_ATTACK),
@@ -140,11 +145,11 @@ def evaluate(
     if resume and output is None:
         raise InputError("--resume needs the --output of the run to continue")
     # Late, so that --help does not wait for pandas and torch.
-    from robust.store import FILENAME
+    from robust.store import FILENAME, require_no_run
 
     output = output or Path("runs") / f"{_slug(model)}-{datetime.now():%Y%m%d-%H%M%S}"
-    if not resume and (output / FILENAME).exists():
-        raise InputError(f"{output} already holds a run: continue it with --resume, or name another --output")
+    if not resume:
+        require_no_run(output / FILENAME)
 
     from reports import write_reports
     from reports.terminal import plain_lines, summary_table
@@ -158,17 +163,15 @@ def evaluate(
         data, loaded, limit=limit, seed=seed, label=label, data_root=data_root, skip_bad_images=skip_bad_images
     )
     console = Console()
-    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
-    if "--output" not in " ".join(arguments):
-        arguments += ["--output", str(output)]
-    command = shlex.join(["python", "-m", "robust.evaluate", *arguments])
+    command = shlex.join(["python", "-m", "robust.evaluate", *_without_output(sys.argv[1:])])
     total = None if dataset.size is None else dataset.size * len(options.attacks)
     try:
         with Meter(console, total, quiet) as meter:
             run = execute(loaded, dataset, options, output, resume, command, meter)
         write_reports(run.store, output)
     except KeyboardInterrupt:
-        print(f"interrupted; what is done is kept. To go on: {command} --resume", file=sys.stderr)
+        go_on = f"{command} --output {shlex.quote(str(output))} --resume"
+        print(f"interrupted; what is done is kept. To go on: {go_on}", file=sys.stderr)
         return 130
     if not quiet:
         if console.is_terminal:
@@ -183,6 +186,16 @@ def evaluate(
     return 1 if failed else 0
 
 
+def _without_output(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments that make the same run in another folder."""
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--output":
+            next(remaining, None)
+        elif argument != "--resume" and not argument.startswith("--output="):
+            yield argument
+
+
 def _print_names(models: bool) -> None:
     if models:
         from robust.models import list_models
@@ -190,9 +203,9 @@ def _print_names(models: bool) -> None:
         for source, names in list_models().items():
             print(f"{source}:", *names, sep="\n  ")
     else:
-        from attacks import names
+        import attacks
 
-        print(*names(), sep="\n")
+        print(*attacks.names(), sep="\n")
 
 
 def _slug(model: str) -> str:

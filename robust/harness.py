@@ -10,9 +10,9 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from operator import add
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +22,18 @@ from attacks.noise import sample_key
 from attacks.norms import NORMS, per_slot
 from robust.data.labels import label_of
 from robust.data.sample import Dataset, Sample
-from robust.diagnostics import CONTROL, preflight, review
+from robust.diagnostics import CONTROL, has_input_gradient, preflight, review
 from robust.errors import InputError, unknown
 from robust.models.model import Model
 from robust.models.prepare import fast_twin, frozen
+from robust.models.probe import count_classes
 from robust.options import Options
 from robust.store import Clean, Picture, Result, Store
 
-# What rounding in float32 may add to a distance that was projected onto eps.
+# What rounding in float32 may add to a distance that was projected onto eps: this, and this share of eps.
 TOLERANCE = 1e-6
 
-PREFLIGHT_IMAGES = 16
+PREFLIGHT_IMAGES = 8
 
 AnyAttack = attacks.Attack | attacks.FoolboxAttack
 
@@ -101,15 +102,18 @@ def evaluate(
 
     InputError where the data are not those of the store, or the model's output is no classifier's.
     """
-    module = model.module.to(plan.device)
-    with frozen(module), _deterministic():
+    failed: dict[str, str] = {}
+    left_out: list[str] = []
+    with _on(model.module, plan.device), frozen(model.module), _deterministic():
         job: _Job | None = None
-        failed: dict[str, str] = {}
-        for start, window in _windows(data, plan.target, options.batch_size, plan.device):
+        end = 0
+        samples = _attackable(data, plan.target, left_out)
+        for start, window in _windows(samples, options.batch_size, plan.device):
             x = torch.stack([sample.x for sample in window]).to(plan.device)
             if job is None:
                 job = _Job.prepare(model, x, options, plan, store)
             clean = job.clean_window(start, window, x)
+            end = start + len(window)
             for attack in plan.attacks:
                 if attack.name in failed:
                     continue
@@ -120,8 +124,20 @@ def evaluate(
                     failed[attack.name] = str(error)
                     store.drop_attack(attack.name)
         if job is None:
-            raise InputError("no image to evaluate: the data are empty")
-    store.set(data_fingerprint=_fingerprint(store), skipped_images=data.skipped, failed_attacks=failed)
+            raise InputError("no image to evaluate: every one already has the target's label")
+    if end != store.size():
+        raise InputError(
+            f"the data have changed since the run began: {end} images, {store.size()} then; "
+            "start anew with another --output"
+        )
+    if len(failed) == len(plan.attacks):
+        raise InputError("; ".join(failed.values()))
+    store.set(
+        data_fingerprint=_fingerprint(store),
+        skipped_images=data.skipped,
+        target_images=len(left_out),
+        failed_attacks=failed,
+    )
     store.set_findings(review(store))
 
 
@@ -156,15 +172,22 @@ class _Job:
     def prepare(cls, model: Model, x: Tensor, options: Options, plan: Plan, store: Store) -> "_Job":
         """Look the model over and make its fast twin, on the first few images x."""
         few = x[:PREFLIGHT_IMAGES]
-        _logits(model.module, few, model.num_classes)
+        channels, height, width = few.shape[1:]
+        count_classes(model.module, (channels, height, width))  # says what is wrong with a module that fails
+        findings = preflight(model, few, _logits(model.module, few, model.num_classes))
+        if not has_input_gradient(model, few) and any(needs_gradient(attack) for attack in plan.attacks):
+            raise InputError(
+                "the model passes no gradient back to its input: take no_grad and detach out of its forward, "
+                "or use --attack noise"
+            )
         twin, description = fast_twin(model.module, few)
-        store.set(twin=description, preflight=[asdict(finding) for finding in preflight(model, few)])
+        store.set(twin=description, preflight=[asdict(finding) for finding in findings])
         return cls(model, twin, options, plan, store)
 
     def clean_window(self, start: int, window: Sequence[Sample], x: Tensor) -> list[Clean]:
         """The verdicts on the unchanged images, from the store where it has them."""
         stored = self.store.clean(start, len(window))
-        if stored:
+        if stored and len(stored) == len(window):
             for row, sample in zip(stored, window, strict=True):
                 if (row.sample_id, row.sha256, row.label) != (sample.id, sample.sha256, sample.y):
                     raise InputError(
@@ -172,6 +195,11 @@ class _Job:
                         "evaluated then; start anew with another --output"
                     )
             return stored
+        if stored:
+            raise InputError(
+                f"the data have changed since the run began: there are more than the {self.store.size()} images "
+                "evaluated then; start anew with another --output"
+            )
         for sample in window:
             if not 0 <= sample.y < self.model.num_classes:
                 raise InputError(
@@ -269,13 +297,16 @@ class _Job:
         distance = linf if self.options.norm == "linf" else l2
         in_box = (x_adv.flatten(1).amin(1) >= 0) & (x_adv.flatten(1).amax(1) <= 1)
         limit = torch.tensor([self.options.eps[-1 if c.rung is None else c.rung] for c in claims]).to(distance)
-        inside = in_box & (distance <= limit + TOLERANCE)
-        if not bool(inside.all()) and not isinstance(attack, attacks.FoolboxAttack):
-            worst = int((distance - limit).argmax())
-            raise RuntimeError(
+        inside = in_box & within(distance, limit)
+        if not bool(inside.all()):
+            worst = int((~inside).nonzero()[0])
+            message = (
                 f"{attack.name} left the ball or the box on sample {claims[worst].position}: "
-                f"{self.options.norm} distance {distance[worst]:.9g}, eps {limit[worst]:.9g}; this is a bug"
+                f"{self.options.norm} distance {distance[worst]:.9g}, eps {limit[worst]:.9g}"
             )
+            if isinstance(attack, attacks.FoolboxAttack):
+                raise attacks.AttackFailed(message)
+            raise RuntimeError(f"{message}; this is a bug")
         fooled = self._fools(pred, y) & inside
         fooled_8bit = self._survive_8bit(x, y, x_adv, distance, fooled)
         return [
@@ -294,7 +325,7 @@ class _Job:
         """
         eps = self.options.eps
         survives = torch.zeros(len(x), len(eps), dtype=torch.bool)
-        first = torch.searchsorted(torch.tensor(eps, dtype=torch.float64), distance.cpu() - TOLERANCE)
+        first = torch.stack([~within(distance.cpu(), radius) for radius in eps]).sum(0)
         for k, radius in enumerate(eps):
             if k:
                 survives[:, k] = survives[:, k - 1]
@@ -306,7 +337,7 @@ class _Job:
             scaled = x[there] + per_slot(scale, x) * (x_adv[there] - x[there])
             rounded = round_to_8bit(x[there], scaled.clamp_(0, 1), radius, self.options.norm)
             pred, _ = self._predict(rounded)
-            inside = NORMS[self.options.norm].distance(rounded - x[there]) <= radius + TOLERANCE
+            inside = within(NORMS[self.options.norm].distance(rounded - x[there]), radius)
             survives[rows, k] = (self._fools(pred, y[there]) & inside).cpu()
         return survives
 
@@ -322,9 +353,7 @@ class _Job:
 
     def _results(self, row: Clean, attack: str, verified: _Verified | None) -> Iterator[Result]:
         for k, eps in enumerate(self.options.eps):
-            success = (
-                verified is not None and verified.fooled and verified.distance(self.options.norm) <= eps + TOLERANCE
-            )
+            success = verified is not None and verified.fooled and within(verified.distance(self.options.norm), eps)
             found = verified if success else None
             yield Result(
                 position=row.position,
@@ -356,7 +385,7 @@ class _Job:
                 rank=rank,
                 position=row.position,
                 attack=attack,
-                eps=next((e for e in eps if distance <= e + TOLERANCE), eps[-1]) if verified.fooled else eps[-1],
+                eps=next((e for e in eps if within(distance, e)), eps[-1]) if verified.fooled else eps[-1],
                 adv_pred=verified.pred,
                 adv_confidence=verified.confidence,
                 distance_linf=verified.distance_linf,
@@ -364,6 +393,16 @@ class _Job:
                 x=x.cpu().numpy(),
                 x_adv=verified.x_adv.cpu().numpy(),
             )
+
+
+def within(distance: Any, eps: Any) -> Any:
+    """Whether a distance lies inside eps, up to rounding; numbers or tensors."""
+    return distance <= eps * (1 + TOLERANCE) + TOLERANCE
+
+
+def needs_gradient(attack: AnyAttack) -> bool:
+    """Whether an attack cannot do without; foolbox's do not say."""
+    return isinstance(attack, attacks.Attack) and attack.needs_grad
 
 
 def round_to_8bit(x: Tensor, x_adv: Tensor, eps: float, norm: str) -> Tensor:
@@ -399,19 +438,25 @@ def _logits(module: nn.Module, x: Tensor, num_classes: int) -> Tensor:
     return logits.float()
 
 
-def _windows(
-    data: Dataset, target: int | None, batch_size: int, device: torch.device
-) -> Iterator[tuple[int, list[Sample]]]:
-    """(position of the first, samples). Samples that already have the target's label cannot be attacked."""
-    samples = (sample for sample in data if sample.y != target)
-    start, size = 0, batch_size
+def _attackable(data: Dataset, target: int | None, left_out: list[str]) -> Iterator[Sample]:
+    """The samples, without those that have the target's label already; their ids are added to `left_out`."""
+    for sample in data:
+        if sample.y == target:
+            left_out.append(sample.id)
+        else:
+            yield sample
+
+
+def _windows(samples: Iterator[Sample], batch_size: int, device: torch.device) -> Iterator[tuple[int, list[Sample]]]:
+    """(position of the first, samples) of each window."""
+    first = next(samples, None)
+    if first is None:
+        return
+    # A window is what an interruption can lose, and what keeps the slots full. Where images are quick, several
+    # batches deep; large ones on a CPU, where full batches gain nothing, one.
+    quick = device.type != "cpu" or first.x[0].numel() <= 64 * 64
+    samples, size, start = chain([first], samples), 4 * batch_size if quick else batch_size, 0
     while window := list(islice(samples, size)):
-        if start == 0:
-            # A window is what an interruption can lose, and what keeps the slots full. Where images are
-            # quick, several batches deep; large ones on a CPU, where full batches gain nothing, one.
-            quick = device.type != "cpu" or window[0].x[0].numel() <= 64 * 64
-            size = 4 * batch_size if quick else batch_size
-            window += islice(samples, size - batch_size)
         yield start, window
         start += len(window)
 
@@ -430,6 +475,17 @@ def _fingerprint(store: Store) -> str:
     for row in store.clean():
         digest.update(f"{row.sample_id}\0{row.label}\0{row.sha256}\n".encode())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _on(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """The module on `device` while the block runs."""
+    before = next(chain(module.parameters(), module.buffers()), torch.empty(0)).device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(before)
 
 
 @contextlib.contextmanager

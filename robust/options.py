@@ -9,6 +9,7 @@ from robust.errors import InputError, unknown
 
 NORMS = ("linf", "l2")
 DEFAULT_ATTACKS = ("fgsm", "pgd", "noise")
+MOST_ROWS = 2**20  # of a batch
 
 # The budgets that people compare at (largest last), after a few smaller ones that show the fall:
 # CIFAR 8/255 and 0.5, ImageNet 4/255 and 3, MNIST 0.3.
@@ -30,7 +31,7 @@ class Options:
     steps: int | None = None
     step_size: float | None = None
     restarts: int = 1
-    random_start: bool = True
+    random_start: bool | None = None
     target: str | None = None
     batch_size: int = 64
     limit: int | None = None
@@ -47,6 +48,8 @@ class Options:
             raise InputError(f"attack {repeated[0]} is named twice; name it once")
         for value in self.eps:
             _check_eps(value, self.norm)
+        if self.batch_size > MOST_ROWS:
+            raise InputError(f"batch_size must be at most {MOST_ROWS}, not {self.batch_size}")
         _check_at_least(1, steps=self.steps, restarts=self.restarts, batch_size=self.batch_size, limit=self.limit)
         if not 0 <= self.seed < 2**64:
             raise InputError(f"seed must lie in 0 .. 2^64 - 1, not {self.seed}")
@@ -56,6 +59,12 @@ class Options:
     def suited_to(self, shape: Sequence[int], device: str) -> "Options":
         """These options for images of `shape` (C, H, W) on `device`: eps rising, each once, defaults filled in."""
         channels, height, _ = shape
+        # The farthest corner of the box; people who think in 0 .. 255 ask for more.
+        if self.norm == "l2" and self.eps and max(self.eps) > math.sqrt(math.prod(shape)):
+            raise InputError(
+                f"eps {max(self.eps):g} is larger than any change of an image of {math.prod(shape)} pixels in [0, 1]; "
+                f"did you mean {max(self.eps):g}/255?"
+            )
         digits, thumbnails = channels == 1 and height <= 32, height <= 64
         table = _DIGIT_EPS if digits else _THUMBNAIL_EPS if thumbnails else _PHOTO_EPS
         return replace(self, eps=tuple(sorted(set(self.eps or table[self.norm]))), device=device)

@@ -7,12 +7,14 @@ transaction together with its time, so that whatever happens to the process, a u
 all, and a resumed run makes the same batches, hence the same numbers, as an uninterrupted one.
 """
 
+import errno
 import json
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, fields
+from heapq import nsmallest
 from pathlib import Path
 from typing import Any
 
@@ -138,18 +140,23 @@ class Store:
 
     @classmethod
     def create(cls, path: Path | None, identity: Mapping[str, Any], details: Mapping[str, Any]) -> "Store":
-        """Start an empty run at `path`. InputError where a run is already there."""
-        if path is not None:
-            if path.exists():
-                raise InputError(
-                    f"{path.parent} already holds a run: continue it with --resume, or name another --output"
-                )
-            path.parent.mkdir(parents=True, exist_ok=True)
-        store = cls(path)
-        # In one transaction, so that a killed process leaves no half-made schema behind.
-        store._db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-        with store._transaction():
-            store._put(identity=identity, **details)
+        """Start an empty run at `path`. InputError where a run is already there, or nothing can be written."""
+        require_no_run(path)
+        try:
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            store = cls(path)
+            # In one transaction: a process killed here leaves a blank file, which is no run.
+            with store._transaction():
+                for statement in _TABLES.split(";"):
+                    store._db.execute(statement)
+                store._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                store._put(identity=identity, **details)
+        except (OSError, sqlite3.OperationalError) as error:
+            if disk_is_full(error):
+                raise
+            folder = path.parent if path else "memory"
+            raise InputError(f"cannot write a run to {folder} ({error}); name another --output") from None
         return store
 
     @classmethod
@@ -174,15 +181,14 @@ class Store:
         """Write the whole run to `path`, unless it lives there. InputError where another run does."""
         if self._path is not None and path.exists() and path.samefile(self._path):
             return
-        if path.exists():
-            raise InputError(f"{path.parent} already holds a run; name another folder")
+        require_no_run(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(path)) as target:
             self._db.backup(target)
 
     def discard_if_empty(self) -> None:
-        """Close, and remove a run in which no sample has been evaluated, with the folder if that is empty."""
-        empty = self._db.execute("SELECT 1 FROM clean").fetchone() is None
+        """Close, and remove a run in which no unit has been done, with the folder if that is empty."""
+        empty = not self.seconds()
         self.close()
         if empty and self._path is not None:
             self._path.unlink()
@@ -218,7 +224,7 @@ class Store:
         """
         with self._transaction():
             self._insert("result", results)
-            for picture in pictures:
+            for picture in _best(pictures):
                 self._add_picture(picture)
             self._db.executemany(
                 "INSERT INTO adversarial VALUES (?, ?, ?, ?, ?)",
@@ -247,6 +253,10 @@ class Store:
     def details(self) -> dict[str, Any]:
         rows = self._db.execute("SELECT key, value FROM meta WHERE key != 'identity'")
         return {row["key"]: json.loads(row["value"]) for row in rows}
+
+    def size(self) -> int:
+        """How many samples have their clean verdict."""
+        return self._db.execute("SELECT count(*) FROM clean").fetchone()[0]
 
     def clean(self, start: int = 0, count: int = -1) -> list[Clean]:
         """The clean verdicts in data order, from position `start`."""
@@ -381,6 +391,14 @@ class Store:
         return frames if chunksize else iter([frames])
 
 
+def _best(pictures: Iterable[Picture]) -> Iterator[Picture]:
+    """Those that can be among the first of their role: most are not, and need no look into the database."""
+    offered = list(pictures)
+    for role, kept in PICTURES_KEPT.items():
+        of_role = (picture for picture in offered if picture.role == role)
+        yield from nsmallest(kept, of_role, key=lambda picture: (picture.rank, picture.position))
+
+
 def _shape(x: np.ndarray) -> str:
     return json.dumps(x.shape)
 
@@ -398,6 +416,27 @@ def _picture(row: sqlite3.Row) -> Picture:
     shape = values.pop("shape")
     values |= {"x": _unpack(row["x"], shape), "x_adv": _unpack(row["x_adv"], shape)}
     return Picture(**values)
+
+
+def holds_run(path: Path) -> bool:
+    """Whether there is a run at `path`, or anything else than the blank file of one that never began."""
+    if not path.exists():
+        return False
+    try:
+        with closing(sqlite3.connect(path)) as database:
+            return database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] > 0
+    except sqlite3.DatabaseError:
+        return True
+
+
+def require_no_run(path: Path | None) -> None:
+    """InputError where `path` holds a run already."""
+    if path is not None and holds_run(path):
+        raise InputError(f"{path.parent} already holds a run: continue it with --resume, or name another --output")
+
+
+def disk_is_full(error: Exception) -> bool:
+    return "disk is full" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
 def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> Sequence[str]:

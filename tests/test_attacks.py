@@ -253,6 +253,11 @@ def test_noise_depends_on_its_keys_only():
     assert float(correlation.abs().max()) < 0.2
 
 
+def test_large_seeds_are_told_apart():
+    one, two = (noise(1, (8,), seed=2**63 + k).uniform() for k in (1, 2))
+    assert not torch.equal(one, two)
+
+
 # Helpers
 
 

@@ -159,6 +159,10 @@ def test_targeted_run_leaves_the_target_class_out(model, data):
     assert set(run.samples.label) == set(data[1].tolist()) - {2}
     reached = run.samples[run.samples.success]
     assert len(reached) > 0 and set(reached.adv_pred) == {2}
+    left_out = int((data[1] == 2).sum())
+    assert f"{left_out} images of the target's own class" in {f.name: f.message for f in run.findings}["target"]
+    with pytest.raises(InputError, match="every one already has the target's label"):
+        robust.run(model, (data[0], torch.full_like(data[1], 2)), attacks=["pgd"], eps=[0.5], target=2)
 
 
 def test_a_generator_is_read_once_and_in_pieces(model, data):
@@ -229,8 +233,10 @@ class Outputs(nn.Module):
     [
         (lambda x: x.flatten(1).sum(1), "logits of shape"),
         (lambda x: x, "logits of shape"),
-        (lambda x: (x.flatten(1), x), "logits of shape"),
+        (lambda x: (x.flatten(1), x), "not one tensor of logits"),
         (lambda x: x.flatten(1)[:, :5] * float("nan"), "NaN"),
+        (lambda x: x.flatten(1)[:, :5].detach(), "no gradient back to its input"),
+        (lambda x: x.flatten(1) @ torch.ones(7, 5), "the model fails on 3x12x12 images: RuntimeError"),
     ],
 )
 def test_a_model_that_is_no_classifier_is_refused(data, make, message):
@@ -251,6 +257,10 @@ def test_a_model_that_is_no_classifier_is_refused(data, make, message):
         ({"device": "warp"}, "device 'warp' cannot be used"),
         ({"eps": 8}, "did you mean 8/255"),
         ({"limit": 3}, "limit needs a data spec"),
+        ({"resume": True}, "resume needs the output"),
+        ({"class_names": ["a", "b"]}, "class_names has 2 names and the model 5 classes"),
+        ({"eps": 128, "norm": "l2"}, "did you mean 128/255"),
+        ({"batch_size": 2**63}, "batch_size must be at most"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(model, data, changes, message):
@@ -263,6 +273,12 @@ def test_labels_outside_the_classes_are_refused(model, data):
     x, y = data
     with pytest.raises(InputError, match=r"label 7 of 00003 is none of the model's 5 classes"):
         robust.run(model, (x, torch.where(torch.arange(40) == 3, 7, y)), attacks=["fgsm"], eps=[0.1])
+
+
+def test_eps_and_attacks_as_people_write_them(model, data):
+    for eps in ("8/255", np.float32(8 / 255), [8 / 255]):
+        run = robust.run(model, data, attacks="noise", eps=eps)
+        assert list(run.summary.eps) == pytest.approx([8 / 255] * 2)
 
 
 def test_no_data_is_refused(model):
@@ -279,9 +295,61 @@ def test_an_attack_that_raises_is_left_out_and_named(model, data, monkeypatch):
     assert set(run.samples.attack) == {"fgsm"}
     (finding,) = [f for f in run.findings if f.level == "fail"]
     assert "LinfDeepFoolAttack raised ZeroDivisionError: no luck" in finding.message
+    with pytest.raises(InputError, match="raised ZeroDivisionError: no luck"):
+        robust.run(model, data, attacks=["foolbox:LinfDeepFoolAttack"], eps=[0.1])
+
+
+def test_foolbox_attacks_keep_their_own_defaults(model, data):
+    made = attacks.make("foolbox:LinfBasicIterativeAttack", "linf", random_start=None, steps=None, restarts=1)
+    assert made.options == {}
+    run = robust.run(model, data, attacks=["foolbox:LinfFastGradientAttack", "fgsm"], eps=[0.03])
+    by_attack = [rows.robust.tolist() for _, rows in run.samples.groupby("attack")]
+    assert by_attack[0] == by_attack[1]
+
+
+def test_foolbox_minimal_attack_in_the_tables_and_pictures(model, data):
+    run = robust.run(model, data, attacks=["foolbox:LinfDeepFoolAttack"], eps=[0.002, 0.02, 0.1])
+    samples = run.samples
+    assert 0 < samples.success.sum() < len(samples)
+    assert (samples.distance_linf[samples.success] <= samples.eps[samples.success] + TOLERANCE).all()
+    label_of = dict(zip(samples.sample_id, samples.label, strict=True))
+    for picture in run.store.pictures():
+        label = label_of[f"{picture.position:05d}"]
+        assert (picture.adv_pred == label) == (picture.role == "withstood")
+        assert np.abs(picture.x_adv - picture.x).max() <= picture.eps + TOLERANCE
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_images_of_usual_size_stay_in_the_ball(norm):
+    """Sums over 150,528 squares in float32 are off by more than the tolerance."""
+
+    class Mean(nn.Module):
+        def forward(self, x):
+            score = (x - 0.5).flatten(1).sum(1) / 100
+            return torch.stack([score, -score], 1)
+
+    x = 0.25 + 0.5 * torch.rand(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    y = Mean()(x).argmax(1)
+    eps = [1.0, 3.0, 30.0] if norm == "l2" else [4 / 255]
+    run = robust.run(Mean(), (x, y), attacks=["fgsm", "pgd", "noise"], norm=norm, eps=eps, steps=3)
+    assert len(run.samples) == 4 * 3 * len(eps)
 
 
 # Resume
+
+
+class Counted:
+    """A stream, which does not say how long it is: the first n images of the fixture `data`, or more."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __iter__(self):
+        x = images(40)
+        y = conv_net()(x).argmax(1)
+        y[:5] = (y[:5] + 1) % 5
+        for k in range(self.n):
+            yield x[k % 40], int(y[k % 40])
 
 
 def test_interrupted_anywhere_and_resumed_equals_uninterrupted(model, tmp_path, monkeypatch):
@@ -324,10 +392,15 @@ def test_interrupted_anywhere_and_resumed_equals_uninterrupted(model, tmp_path, 
         ({"attacks": ["fgsm", "noise"]}, "options attacks"),
         ({"model": conv_net(seed=9)}, "model fingerprint"),
         ({"data": (images(40, seed=5), torch.zeros(40, dtype=int))}, "the data have changed"),
+        ({"data": iter([])}, "no image"),
+        ({"data": Counted(30)}, "the data have changed since the run began: 30 images, 40 then"),
+        ({"data": Counted(45)}, "the data have changed since the run began"),
     ],
 )
 def test_a_run_resumes_only_on_what_it_began_with(model, data, tmp_path, changes, differs):
     arguments = {"model": model, "data": data, "attacks": ["fgsm"], "eps": [0.02], "output": tmp_path / "run"}
+    if not isinstance(changes.get("data", ()), tuple):
+        arguments["data"] = Counted(40)
     robust.run(**arguments)
     before = (tmp_path / "run" / "samples.csv").read_bytes()
     with pytest.raises(InputError, match=differs):

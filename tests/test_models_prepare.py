@@ -154,11 +154,6 @@ def test_batch_norms_are_folded_where_that_changes_nothing(make: Callable[[], nn
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
 
 
-def test_images_of_one_channel_gain_nothing_from_channels_last() -> None:
-    module = seeded(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), Head()))
-    assert fast_twin(module, images(28, channels=1))[1] == "frozen copy"
-
-
 def test_the_model_is_left_exactly_as_it_was() -> None:
     module = seeded(PreActivation())
     module.conv2.train()

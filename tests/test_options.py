@@ -2,8 +2,9 @@
 
 import pytest
 
+import attacks
 from robust.errors import InputError
-from robust.options import Options, parse_eps, parse_names, parse_number
+from robust.options import NORMS, Options, parse_eps, parse_names, parse_number
 
 
 def options(**changes):
@@ -33,6 +34,7 @@ def test_eps_that_is_no_number_is_refused(text):
         ({"norm": "linff"}, "unknown norm 'linff'; did you mean linf"),
         ({"steps": 0}, "steps must be at least 1, not 0"),
         ({"restarts": 0}, "restarts must be at least 1"),
+        ({"batch_size": 2**21}, "batch_size must be at most"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"limit": -1}, "limit must be at least 1"),
         ({"step_size": 0.0}, "fraction of eps"),
@@ -66,6 +68,10 @@ def test_default_eps_end_at_the_budget_people_compare_at(shape, norm, largest):
     suited = options(eps=(), norm=norm).suited_to(shape, "cpu")
     assert suited.eps[-1] == largest
     assert list(suited.eps) == sorted(set(suited.eps))
+
+
+def test_norms_are_those_of_the_attacks():
+    assert set(NORMS) == set(attacks.NORMS)
 
 
 def test_eps_rise_and_repeat_never():

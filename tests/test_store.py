@@ -16,6 +16,7 @@ from robust.store import (
     Result,
     Store,
     differences,
+    holds_run,
 )
 
 IDENTITY = {
@@ -126,6 +127,19 @@ def test_a_second_run_in_the_same_place_is_refused(store, tmp_path):
         Store.create(tmp_path / "run" / FILENAME, IDENTITY, {})
 
 
+def test_a_blank_file_of_a_run_that_never_began_is_no_run(tmp_path):
+    (tmp_path / FILENAME).touch()
+    assert not holds_run(tmp_path / FILENAME)
+    Store.create(tmp_path / FILENAME, IDENTITY, {})
+    assert holds_run(tmp_path / FILENAME)
+
+
+def test_a_place_where_nothing_can_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write a run to .*file .*; name another --output"):
+        Store.create(tmp_path / "file" / FILENAME, IDENTITY, {})
+
+
 @pytest.mark.parametrize("content", [b"", b"not a database, whatever its name says"])
 def test_a_file_that_is_no_run_is_refused(tmp_path, content):
     (tmp_path / FILENAME).write_bytes(content)
@@ -148,6 +162,7 @@ def test_an_empty_run_is_discarded_and_another_is_not(tmp_path, store):
     empty = Store.create(tmp_path / "empty" / FILENAME, IDENTITY, {})
     empty.discard_if_empty()
     assert not (tmp_path / "empty").exists()
+    store.add_unit(0, "pgd", 1.0, [])
     store.discard_if_empty()
     assert (tmp_path / "run" / FILENAME).exists()
 

@@ -63,7 +63,7 @@ def _folded_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
     done = []
     if not _has_hooks(module) and _fold_batch_norms(twin, x[:2]):
         done.append("batch-norm folded")
-    if x.shape[1] > 1 and any(isinstance(part, nn.Conv2d) for part in twin.modules()):
+    if any(isinstance(part, nn.Conv2d) for part in twin.modules()):
         twin = twin.to(memory_format=torch.channels_last)
         done.append("channels_last")
     return twin, ", ".join(done) or description
