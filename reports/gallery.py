@@ -14,6 +14,7 @@ from robust.store import Clean, Picture, Store
 from robust.units import format_distance, format_eps
 
 MOST = 12
+TYPICAL = 4  # of those drawn at random: farther ones are not near the median
 
 _LEVEL = 1 / 255  # of an 8-bit channel: the unit of a change where eps is none
 
@@ -69,6 +70,7 @@ def choose(store: Store, samples: pd.DataFrame, summary: pd.DataFrame) -> list[E
     pictures = [picture for picture in store.pictures() if picture.attack == attack and len(picture.x) in (1, 3)]
     by_role = {role: [picture for picture in pictures if picture.role == role] for role in ROLES}
     by_role["typical"].sort(key=lambda picture: abs(picture.distance_l2 - median))
+    del by_role["typical"][TYPICAL:]
     queues = [iter(queue) for queue in by_role.values()]
     chosen: dict[int, Picture] = {}
     for queue in queues * MOST:

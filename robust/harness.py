@@ -7,6 +7,7 @@ a faster twin of it; a claim that the module does not confirm goes back to be at
 
 import contextlib
 import hashlib
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,8 +31,10 @@ from robust.models.probe import count_classes
 from robust.options import Options
 from robust.store import Clean, Picture, Result, Store
 
-# What rounding in float32 may add to a distance that was projected onto eps: this, and this share of eps.
+# What float32 arithmetic may add to a distance that was projected onto eps: this, and this share of eps.
 TOLERANCE = 1e-6
+# Rounding x + delta to float32 moves a pixel below 1 by up to this, and all pixels alike where deltas are alike.
+HALF_ULP = 2**-25
 
 PREFLIGHT_IMAGES = 8
 
@@ -167,6 +170,7 @@ class _Job:
     options: Options
     plan: Plan
     store: Store
+    pixels: int  # values in an image
 
     @classmethod
     def prepare(cls, model: Model, x: Tensor, options: Options, plan: Plan, store: Store) -> "_Job":
@@ -182,7 +186,7 @@ class _Job:
             )
         twin, description = fast_twin(model.module, few)
         store.set(twin=description, preflight=[asdict(finding) for finding in findings])
-        return cls(model, twin, options, plan, store)
+        return cls(model, twin, options, plan, store, pixels=x[0].numel())
 
     def clean_window(self, start: int, window: Sequence[Sample], x: Tensor) -> list[Clean]:
         """The verdicts on the unchanged images, from the store where it has them."""
@@ -297,7 +301,7 @@ class _Job:
         distance = linf if self.options.norm == "linf" else l2
         in_box = (x_adv.flatten(1).amin(1) >= 0) & (x_adv.flatten(1).amax(1) <= 1)
         limit = torch.tensor([self.options.eps[-1 if c.rung is None else c.rung] for c in claims]).to(distance)
-        inside = in_box & within(distance, limit)
+        inside = in_box & self._within(distance, limit)
         if not bool(inside.all()):
             worst = int((~inside).nonzero()[0])
             message = (
@@ -325,7 +329,7 @@ class _Job:
         """
         eps = self.options.eps
         survives = torch.zeros(len(x), len(eps), dtype=torch.bool)
-        first = torch.stack([~within(distance.cpu(), radius) for radius in eps]).sum(0)
+        first = torch.stack([~self._within(distance.cpu(), radius) for radius in eps]).sum(0)
         for k, radius in enumerate(eps):
             if k:
                 survives[:, k] = survives[:, k - 1]
@@ -337,9 +341,12 @@ class _Job:
             scaled = x[there] + per_slot(scale, x) * (x_adv[there] - x[there])
             rounded = round_to_8bit(x[there], scaled.clamp_(0, 1), radius, self.options.norm)
             pred, _ = self._predict(rounded)
-            inside = within(NORMS[self.options.norm].distance(rounded - x[there]), radius)
+            inside = self._within(NORMS[self.options.norm].distance(rounded - x[there]), radius)
             survives[rows, k] = (self._fools(pred, y[there]) & inside).cpu()
         return survives
+
+    def _within(self, distance: Any, eps: Any) -> Any:
+        return within(distance, eps, self.options.norm, self.pixels)
 
     def _fools(self, pred: Tensor, y: Tensor) -> Tensor:
         return pred != y if self.plan.target is None else pred == y
@@ -353,13 +360,13 @@ class _Job:
 
     def _results(self, row: Clean, attack: str, verified: _Verified | None) -> Iterator[Result]:
         for k, eps in enumerate(self.options.eps):
-            success = verified is not None and verified.fooled and within(verified.distance(self.options.norm), eps)
-            found = verified if success else None
+            reached = verified is not None and self._within(verified.distance(self.options.norm), eps)
+            found = verified if reached and verified and verified.fooled else None
             yield Result(
                 position=row.position,
                 attack=attack,
                 eps=eps,
-                success=success,
+                success=found is not None,
                 success_8bit=verified is not None and verified.fooled_8bit[k],
                 adv_pred=found.pred if found else None,
                 adv_confidence=found.confidence if found else None,
@@ -385,7 +392,7 @@ class _Job:
                 rank=rank,
                 position=row.position,
                 attack=attack,
-                eps=next((e for e in eps if within(distance, e)), eps[-1]) if verified.fooled else eps[-1],
+                eps=next((e for e in eps if self._within(distance, e)), eps[-1]) if verified.fooled else eps[-1],
                 adv_pred=verified.pred,
                 adv_confidence=verified.confidence,
                 distance_linf=verified.distance_linf,
@@ -395,9 +402,10 @@ class _Job:
             )
 
 
-def within(distance: Any, eps: Any) -> Any:
-    """Whether a distance lies inside eps, up to rounding; numbers or tensors."""
-    return distance <= eps * (1 + TOLERANCE) + TOLERANCE
+def within(distance: Any, eps: Any, norm: str, pixels: int) -> Any:
+    """Whether distances of images of that many values lie inside eps, up to rounding; numbers or tensors."""
+    rounding = HALF_ULP * (math.sqrt(pixels) if norm == "l2" else 1)
+    return distance <= eps * (1 + TOLERANCE) + TOLERANCE + rounding
 
 
 def needs_gradient(attack: AnyAttack) -> bool:

@@ -19,7 +19,7 @@ from attacks.norms import NORMS, per_slot
 from attacks.pgd import PGD
 from robust import harness
 from robust.errors import InputError
-from robust.harness import TOLERANCE, round_to_8bit
+from robust.harness import TOLERANCE, round_to_8bit, within
 from robust.store import SAMPLE_COLUMNS
 from toys import Linear, conv_net, images
 
@@ -72,7 +72,7 @@ def test_every_success_stands_up_to_an_independent_check(model, data, norm):
         assert x_adv.min() >= 0 and x_adv.max() <= 1
         for radius in eps:
             row = samples.loc[(clean.sample_id, attack, radius)]
-            assert row.success == ((linf if norm == "linf" else l2) <= radius + TOLERANCE)
+            assert row.success == within(linf if norm == "linf" else l2, radius, norm, x_adv.size)
             if row.success:
                 assert row.adv_pred == logits.argmax() != y[k]
                 assert row.adv_confidence == pytest.approx(float(logits.softmax(1).max().detach()), abs=1e-5)
@@ -206,7 +206,7 @@ def test_rounding_to_8_bits_lands_on_the_grid_and_in_the_ball(norm, levels, seed
     torch.testing.assert_close(rounded * 255, (rounded * 255).round(), atol=1e-4, rtol=0)
     assert float(rounded.min()) >= 0 and float(rounded.max()) <= 1
     if on_grid:
-        assert bool((NORMS[norm].distance(rounded - x) <= eps + TOLERANCE).all())
+        assert bool(within(NORMS[norm].distance(rounded - x), eps, norm, 32).all())
 
 
 def test_rounding_keeps_what_is_already_8_bit():

@@ -37,7 +37,8 @@ def load_model(spec: str, weights: Path | None = None, input_size: int | None = 
     source, name = _resolve(spec)
     with torch.random.fork_rng(devices=[]):  # networks are initialised before their weights are loaded
         model = import_module(SOURCES[source]).load(name, weights, input_size)
-    return replace(model, name=spec)
+    # A path says little in a sentence, and differs between machines: a user's network goes by its function.
+    return model if source == "python" else replace(model, name=spec)
 
 
 def list_models() -> dict[str, list[str]]:

@@ -46,7 +46,7 @@ class Model:
     `class_names` and `wnids` (ImageNet's) are in label order where the source knows them, else None.
     """
 
-    name: str  # the spec it was loaded by
+    name: str  # the spec it was loaded by; for a user's own network, its function
     source: str  # one readable phrase: "torchvision resnet50, weights IMAGENET1K_V2"
     module: nn.Module
     num_classes: int

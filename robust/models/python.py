@@ -54,7 +54,7 @@ def load(name: str, weights: Path | None, input_size: int | None) -> Model:
         preprocess = Preprocess(resize=256, crop=224)
     digest = hashlib.sha256(Path(source.__file__).read_bytes()).hexdigest() if source.__file__ else ""
     return Model(
-        name=name,
+        name=factory,
         source=f"{factory} of {place}" + (f", weights {weights}" if weights else ""),
         module=module,
         num_classes=classes,
