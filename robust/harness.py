@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import attacks
+from attacks.engine import padded
 from attacks.noise import sample_key
 from attacks.norms import NORMS, per_slot
 from robust.data.labels import label_of
@@ -353,7 +354,8 @@ class _Job:
 
     def _predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N,) predictions of the model itself and their softmax confidences."""
-        parts = [_logits(self.model.module, part, self.model.num_classes) for part in x.split(self.options.batch_size)]
+        module, rows = self.model.module, self.options.batch_size
+        parts = [_logits(module, padded(part, rows), self.model.num_classes)[: len(part)] for part in x.split(rows)]
         logits = torch.cat(parts)
         # Confidences may tie at 1.0 in float32 where logits do not.
         return logits.argmax(1), logits.softmax(1).amax(1)

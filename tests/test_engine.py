@@ -151,5 +151,20 @@ def test_global_random_state_is_untouched():
     assert np.array_equal(before[1], np.random.get_state()[1])
 
 
+def test_batches_come_in_few_sizes_and_the_copies_in_them_count_for_nobody():
+    linear = Linear(27)
+    x = 0.5 + 0.02 * (images(100, (3, 3, 3)) - 0.5)
+    y, farthest = linear(x).argmax(1), float(linear.distance(x, "linf").max())
+    attack = attacks.make("pgd", "linf", steps=40, step_size=0.025)
+    model = Recorder(linear)
+    outcomes = run(model, attack, x, y, [1.1 * farthest], slots=100)
+    few = {*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 100}
+    assert set(model.calls) <= few and len(set(model.calls)) > 8
+    counted = sum(sum(o.forwards) for o in outcomes)
+    assert counted < sum(model.calls) < 1.25 * counted
+    (alone,) = run(linear, attack, x[:1], y[:1], [1.1 * farthest])
+    assert alone.forwards == outcomes[0].forwards
+
+
 def test_no_tasks_no_outcomes():
     assert list(engine.run(robust_tenth, attacks.make("pgd", "linf"), [], [0.1], slots=4, seed=0)) == []

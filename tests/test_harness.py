@@ -101,11 +101,10 @@ def test_what_a_blind_twin_overlooks_is_found_where_its_last_point_fools_the_mod
 
         def forward(self, x):
             logits = model(x)
-            right = nn.functional.one_hot(labels_of[x.shape[0]], 5).float()
+            right = nn.functional.one_hot(torch.cat([y, y])[: len(x)], 5).float()  # copies fill a batch up
             return logits - logits.detach() + 9 * right
 
     x, y = data[0][5:], data[1][5:]
-    labels_of = {35: y}
     monkeypatch.setattr(harness, "fast_twin", lambda module, x: (Blind(), "blind"))
     run = robust.run(model, (x, y), attacks=["fgsm"], eps=[0.05])
     refuted, overlooked = run.store.twin_disagreements()
