@@ -50,7 +50,6 @@ class PGD(Attack):
 
     def step(self, state: State, logits: Tensor, grad: Tensor) -> State:  # type: ignore[override]
         size = state.eps * (4 / self.steps if self.step_size is None else self.step_size)
-        move = self.ball.steepest_(grad).mul_(per_slot(size, grad))
-        delta = state.query.add_(move).sub_(state.x)
+        delta = state.query.addcmul_(self.ball.steepest_(grad), per_slot(size, grad)).sub_(state.x)
         state.query = self.ball.project_(delta, state.eps).add_(state.x).clamp_(0, 1)
         return state

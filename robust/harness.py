@@ -465,7 +465,7 @@ def _windows(samples: Iterator[Sample], batch_size: int, device: torch.device) -
     # A window is what an interruption can lose, and what keeps the slots full. Where images are quick, several
     # batches deep; large ones on a CPU, where full batches gain nothing, one.
     quick = device.type != "cpu" or first.x[0].numel() <= 64 * 64
-    samples, size, start = chain([first], samples), 4 * batch_size if quick else batch_size, 0
+    samples, size, start = chain([first], samples), 8 * batch_size if quick else batch_size, 0
     while window := list(islice(samples, size)):
         yield start, window
         start += len(window)

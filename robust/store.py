@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, fields
 from heapq import nsmallest
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -340,11 +341,12 @@ class Store:
         return json.loads(self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0])
 
     def _insert(self, table: str, rows: Iterable[Any]) -> None:
-        for row in rows:
-            names = [field.name for field in fields(row)]
-            self._db.execute(
+        rows = list(rows)
+        if rows:
+            names = [field.name for field in fields(rows[0])]
+            self._db.executemany(
                 f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})",
-                [getattr(row, name) for name in names],
+                map(attrgetter(*names), rows),
             )
 
     def _add_picture(self, picture: Picture) -> None:

@@ -355,7 +355,7 @@ def test_interrupted_anywhere_and_resumed_equals_uninterrupted(model, tmp_path, 
     monkeypatch.setattr(robust.api, "write_reports", lambda store, folder: None)
     x = images(60)
     y = model(x).argmax(1)
-    arguments = {"attacks": ["pgd", "noise"], "eps": [0.01, 0.03], "steps": 4, "batch_size": 5}
+    arguments = {"attacks": ["pgd", "noise"], "eps": [0.01, 0.03], "steps": 4, "batch_size": 2}
     expected = robust.run(model, (x, y), **arguments)
 
     class Stop(Exception):
