@@ -15,6 +15,7 @@ from torch import nn
 
 import attacks
 import robust
+import robust.api
 from attacks.norms import NORMS, per_slot
 from attacks.pgd import PGD
 from robust import harness
