@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from robust.statistics import wilson
+from robust.statistics import distance, wilson
 
 
 def per_class(samples: pd.DataFrame, eps: float) -> pd.DataFrame:
@@ -28,8 +28,7 @@ def confusions(samples: pd.DataFrame, eps: float) -> pd.DataFrame:
     An image that several attacks broke counts once, with the adversarial nearest to it.
     """
     broken = samples[(samples.eps == eps) & samples.success]
-    distance = broken.distance_linf.where(broken.norm == "linf", broken.distance_l2)
-    nearest = broken.assign(distance=distance).sort_values("distance", kind="stable")
+    nearest = broken.assign(distance=distance(broken)).sort_values("distance", kind="stable")
     nearest = nearest.drop_duplicates("sample_id")
     table = nearest.groupby(["label", "adv_pred"], as_index=False).agg(count=("sample_id", "size"))
     return table.sort_values(["count", "label", "adv_pred"], ascending=[False, True, True], ignore_index=True)

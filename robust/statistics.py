@@ -27,6 +27,11 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     return float(interval.low), float(interval.high)
 
 
+def distance(samples: pd.DataFrame) -> pd.Series:
+    """The distance of each row's adversarial in the row's own norm."""
+    return samples.distance_linf.where(samples.norm == "linf", samples.distance_l2)
+
+
 def summarize(samples: pd.DataFrame, seconds: Mapping[str, float]) -> pd.DataFrame:
     """One row an (attack, norm, eps) and one a (worst_case, norm, eps), in the order of the samples.
 
@@ -39,7 +44,7 @@ def summarize(samples: pd.DataFrame, seconds: Mapping[str, float]) -> pd.DataFra
         return pd.DataFrame(columns=list(SUMMARY_COLUMNS))
     table = samples.assign(
         correct=samples.clean_pred == samples.label,
-        distance=samples.distance_linf.where(samples.norm == "linf", samples.distance_l2),
+        distance=distance(samples),
         evaluations=samples.forwards + samples.gradients,
     )
     total = table.groupby("attack").evaluations.transform("sum").clip(lower=1)
