@@ -24,6 +24,10 @@ FEW_SAMPLES = 100
 FEW_STEPS = 10
 
 
+def _check(name: str, good: bool, passed: str, failed: str, level: str = "warn") -> Finding:
+    return Finding(name, "pass", passed) if good else Finding(name, level, failed)
+
+
 def has_input_gradient(model: Model, x: Tensor) -> bool:
     """Whether the model's output depends on its input for autograd; x is (N, C, H, W)."""
     import torch
@@ -36,22 +40,19 @@ def preflight(model: Model, x: Tensor, logits: Tensor) -> Iterator[Finding]:
     """Findings on the model itself, on a few images x (N, C, H, W) and what it says of them, (N, K)."""
     import torch
 
-    def check(name: str, good: bool, passed: str, message: str, level: str = "warn") -> Finding:
-        return Finding(name, "pass", passed) if good else Finding(name, level, message)
-
     module = model.module
     with torch.no_grad():
         again, alone = module(x), module(x[:1])
     scale = float(logits.abs().max()) + 1e-12
 
-    yield check(
+    yield _check(
         "eval mode",
         not model.was_training,
         "the model came in eval mode",
         "the model came in training mode; it was evaluated in eval mode, where batch-norm and dropout are fixed",
     )
     spread = float((logits - again).abs().max()) / scale
-    yield check(
+    yield _check(
         "deterministic",
         spread < 1e-5,
         "two passes over the same images agree",
@@ -59,7 +60,7 @@ def preflight(model: Model, x: Tensor, logits: Tensor) -> Iterator[Finding]:
         "and verdicts from single draws overstate the attack",
     )
     apart = float((logits[:1] - alone).abs().max()) / scale
-    yield check(
+    yield _check(
         "rows independent",
         apart < 1e-3 or spread >= 1e-5,
         "an image's logits do not depend on its batch",
@@ -69,7 +70,7 @@ def preflight(model: Model, x: Tensor, logits: Tensor) -> Iterator[Finding]:
     )
     # A softmax inside the model saturates, and its gradients with it.
     sums = logits.sum(1)
-    yield check(
+    yield _check(
         "logits",
         not (bool((logits >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())),
         "the model returns logits",
@@ -85,7 +86,7 @@ def preflight(model: Model, x: Tensor, logits: Tensor) -> Iterator[Finding]:
         else:
             grad = None
     dead = len(x) if grad is None else int((grad.flatten(1).abs().amax(1) == 0).sum())
-    yield check(
+    yield _check(
         "gradients",
         dead == 0,
         "every image has a gradient that is not zero",
@@ -113,20 +114,23 @@ def review(store: Store) -> Iterator[Finding]:
 
     # Wrong labels, a missing normalisation or another resizing show first on the clean images.
     classes = identity["model"]["num_classes"]
-    _, high = wilson(round(clean * n), n)
     guess = 1 / classes
-    yield (
-        Finding("clean accuracy", "fail", f"the model is right on {clean:.1%} of clean images, no better than "
-                f"guessing among {classes} classes ({guess:.1%}): labels or preprocessing are probably wrong")
-        if high <= guess or clean <= guess
-        else Finding("clean accuracy", "pass", f"{clean:.1%} on clean images, above guessing ({guess:.1%})")
-    )  # fmt: skip
-    width = float((worst.ci_high - worst.ci_low).max())
-    yield (
-        Finding("sample size", "warn", f"only {n} images: the 95 % interval is up to {100 * width:.0f} points wide")
-        if n < FEW_SAMPLES
-        else Finding("sample size", "pass", f"{n} images: the 95 % interval is at most {100 * width:.0f} points wide")
-    )  # fmt: skip
+    _, high = wilson(round(clean * n), n)
+    yield _check(
+        "clean accuracy",
+        high > guess and clean > guess,
+        f"{clean:.1%} on clean images, above guessing ({guess:.1%})",
+        f"the model is right on {clean:.1%} of clean images, no better than guessing among {classes} classes "
+        f"({guess:.1%}): labels or preprocessing are probably wrong",
+        level="fail",
+    )
+    width = 100 * float((worst.ci_high - worst.ci_low).max())
+    yield _check(
+        "sample size",
+        n >= FEW_SAMPLES,
+        f"{n} images: the 95 % interval is at most {width:.0f} points wide",
+        f"only {n} images: the 95 % interval is up to {width:.0f} points wide",
+    )
     yield _strength(identity["options"], set(summary.attack) - {WORST_CASE})
     yield from _comparisons(summary)
     refuted, overlooked = store.twin_disagreements()
@@ -158,26 +162,29 @@ def _comparisons(summary: pd.DataFrame) -> Iterator[Finding]:
     gradient = [name for name in table.columns if name not in (CONTROL, WORST_CASE)]
     if CONTROL in table and gradient:
         beaten = (table[gradient].min(axis=1) - table[CONTROL]).max()
-        yield (
-            Finding("noise control", "pass", "random noise of the same size breaks no more than the attacks do")
-            if beaten < one
-            else Finding("noise control", "fail", f"random noise breaks {beaten:.1%} more images than the gradient "
-                         "attacks: their gradients are masked or broken (arXiv 1802.00420)")
-        )  # fmt: skip
+        yield _check(
+            "noise control",
+            beaten < one,
+            "random noise of the same size breaks no more than the attacks do",
+            f"random noise breaks {beaten:.1%} more images than the gradient attacks: their gradients are masked or "
+            "broken (arXiv 1802.00420)",
+            level="fail",
+        )
     if "fgsm" in table and "pgd" in table:
         behind = (table["pgd"] - table["fgsm"]).max()
-        yield (
-            Finding("more steps", "pass", "PGD's many steps break at least as many images as FGSM's one")
-            if behind < one
-            else Finding("more steps", "warn", f"one step (FGSM) breaks {behind:.1%} more images than PGD's many: "
-                         "a sign of masked gradients (arXiv 1802.00420)")
-        )  # fmt: skip
+        yield _check(
+            "more steps",
+            behind < one,
+            "PGD's many steps break at least as many images as FGSM's one",
+            f"one step (FGSM) breaks {behind:.1%} more images than PGD's many: a sign of masked gradients "
+            "(arXiv 1802.00420)",
+        )
     worst = table[WORST_CASE]
     clean = float(summary.clean_accuracy.iloc[0])
     fell = clean - float(worst.iloc[-1])
-    yield (
-        Finding("falls with eps", "pass", f"accuracy falls by {100 * fell:.1f} points up to the largest eps")
-        if fell > 0 or clean == 0
-        else Finding("falls with eps", "warn", "no image fell at any eps: the eps are too small to tell, or the "
-                     "attacks do not work on this model")
-    )  # fmt: skip
+    yield _check(
+        "falls with eps",
+        fell > 0 or clean == 0,
+        f"accuracy falls by {100 * fell:.1f} points up to the largest eps",
+        "no image fell at any eps: the eps are too small to tell, or the attacks do not work on this model",
+    )

@@ -29,7 +29,7 @@ def labels(data) -> dict[str, int]:
     return {sample.id: sample.y for sample in data}
 
 
-def refused(spec, model, reason: str, **options) -> None:
+def check_refused(spec, model, reason: str, **options) -> None:
     """Loading or reading fails with one line that holds `reason`."""
     with pytest.raises(InputError, match=reason) as refusal:
         list(load_data(str(spec), model, **options))
@@ -81,13 +81,13 @@ def test_a_wrapped_split_folder_with_what_macos_adds(tree):
 
 def test_two_split_folders_are_ambiguous(tmp_path):
     folder = write_tree(tmp_path / "d", {"train/cat/1.png": 1, "test/cat/1.png": 2})
-    refused(folder, PETS, rf"ambiguous: test/, train/ hold folders.*Name one of them: {folder}/test$")
-    refused(zipped(folder), PETS, "ambiguous: test/, train/ hold folders.*Zip one of them alone$")
+    check_refused(folder, PETS, rf"ambiguous: test/, train/ hold folders.*Name one of them: {folder}/test$")
+    check_refused(zipped(folder), PETS, "ambiguous: test/, train/ hold folders.*Zip one of them alone$")
     assert labels(load_data(f"{folder}/test", PETS)) == {"cat/1.png": 2}
 
 
 def test_class_folders_beside_a_folder_of_folders_are_ambiguous(tree):
-    refused(tree({"cat/1.png": 1, "test/cat/1.png": 2}), PETS, "ambiguous: test/ hold")
+    check_refused(tree({"cat/1.png": 1, "test/cat/1.png": 2}), PETS, "ambiguous: test/ hold")
 
 
 def test_a_class_may_be_called_train(tree):
@@ -96,7 +96,7 @@ def test_a_class_may_be_called_train(tree):
 
 
 def test_images_outside_class_folders_are_refused(tree):
-    refused(tree({"cat/1.png": 1, "lost.jpg": 2}), PETS, "lost.jpg lies in no class folder.*--label")
+    check_refused(tree({"cat/1.png": 1, "lost.jpg": 2}), PETS, "lost.jpg lies in no class folder.*--label")
 
 
 def test_names_match_in_any_case_by_synonym_and_with_separators(tree):
@@ -106,16 +106,16 @@ def test_names_match_in_any_case_by_synonym_and_with_separators(tree):
 
 def test_folders_that_are_no_class_are_named(tree):
     files = {"cat/1.png": 1, "axolotl/1.png": 1, "okapi/1.png": 1}
-    refused(tree(files), PETS, r"2 of the 3 folders of .* are no class of net: axolotl, okapi;")
+    check_refused(tree(files), PETS, r"2 of the 3 folders of .* are no class of net: axolotl, okapi;")
 
 
 def test_a_folder_that_maps_to_no_class(tree):
-    refused(tree({"okapi/1.png": 1}), PETS, "1 of the 1 folders of .* are no class of net: okapi")
+    check_refused(tree({"okapi/1.png": 1}), PETS, "1 of the 1 folders of .* are no class of net: okapi")
 
 
 def test_a_name_that_two_classes_have_is_ambiguous(tree):
     cranes = model_of(class_names=("crane", "gull", "crane"))
-    refused(tree({"crane/1.png": 1}), cranes, "folder crane of .* is ambiguous: the classes 0, 2 of net")
+    check_refused(tree({"crane/1.png": 1}), cranes, "folder crane of .* is ambiguous: the classes 0, 2 of net")
 
 
 def test_a_whole_name_goes_before_a_synonym_and_the_exact_case_before_both():
@@ -135,11 +135,11 @@ def test_without_class_names_alphabetical_folders_are_the_classes(tree):
 
 
 def test_without_class_names_there_must_be_a_folder_for_each_class(tree):
-    refused(tree({"a/1.png": 1, "b/1.png": 1}), model_of(3), "2 class folders and net has 3 classes")
+    check_refused(tree({"a/1.png": 1, "b/1.png": 1}), model_of(3), "2 class folders and net has 3 classes")
 
 
 def test_numbers_whose_alphabetical_order_is_another_are_refused(tree):
-    refused(tree({f"{k}/1.png": k for k in range(11)}), model_of(11), r"\(0, 1, 10, 2, \.\.\.\).*leading zeros")
+    check_refused(tree({f"{k}/1.png": k for k in range(11)}), model_of(11), r"\(0, 1, 10, 2, \.\.\.\).*leading zeros")
 
 
 def test_numbers_with_leading_zeros_are_in_order(tree):
@@ -160,21 +160,21 @@ def test_wnids_give_imagenets_indices_however_few_folders_exist(tree):
 
 
 def test_wnids_need_a_model_of_imagenet(tree):
-    refused(tree(WNID_FILES), model_of(3), "named by ImageNet wnids, and the 3 classes of net are not ImageNet's")
+    check_refused(tree(WNID_FILES), model_of(3), "named by ImageNet wnids, and the 3 classes of net are not ImageNet's")
 
 
 def test_an_unknown_wnid_is_named(tree):
-    refused(tree({**WNID_FILES, "n99999999/1.png": 4}), IMAGENET_MODEL, "1 of the 4 .*: n99999999;.*or by wnids")
+    check_refused(tree({**WNID_FILES, "n99999999/1.png": 4}), IMAGENET_MODEL, "1 of the 4 .*: n99999999;.*or by wnids")
 
 
 def test_empty_folders_are_refused(tree):
-    refused(tree({"cat": None}), PETS, "holds no images")
+    check_refused(tree({"cat": None}), PETS, "holds no images")
 
 
 @pytest.mark.parametrize("files", [{}, {"README.txt": b"about"}])
 def test_a_folder_without_class_folders_is_refused(tmp_path, files):
     (tmp_path / "data").mkdir()
-    refused(write_tree(tmp_path / "data", files), PETS, "data/ is empty: give a folder that holds class folders")
+    check_refused(write_tree(tmp_path / "data", files), PETS, "data/ is empty: give a folder that holds class folders")
 
 
 # Bad images
@@ -183,7 +183,7 @@ BAD = {"cat/1.png": 1, "cat/2.png": b"no image", "cat/3.png": image_bytes(patter
 
 
 def test_a_corrupt_image_is_named(tree):
-    refused(tree(BAD), PETS, r"cat/2\.png is not an image; .*--skip-bad-images$")
+    check_refused(tree(BAD), PETS, r"cat/2\.png is not an image; .*--skip-bad-images$")
 
 
 def test_bad_images_are_skipped_and_named_where_asked_for(tree):
@@ -200,17 +200,17 @@ def test_a_file_that_is_no_image_is_found_before_anything_is_read(tree):
 
 
 def test_nothing_left_after_skipping_is_refused(tree):
-    refused(tree({"cat/1.png": b""}), PETS, "no image of .* can be used", skip_bad_images=True)
+    check_refused(tree({"cat/1.png": b""}), PETS, "no image of .* can be used", skip_bad_images=True)
 
 
 def test_skipping_does_not_hide_images_of_another_size(tree):
     wide = image_bytes(pattern(8, 9))
-    refused(tree({"cat/1.png": 1, "cat/2.png": wide}), PETS, "cat/2.png is 3 x 8 x 9", skip_bad_images=True)
+    check_refused(tree({"cat/1.png": 1, "cat/2.png": wide}), PETS, "cat/2.png is 3 x 8 x 9", skip_bad_images=True)
 
 
 def test_where_the_models_size_is_unknown_all_images_share_one(tree):
     spec = tree({"cat/1.png": 1, "cat/2.png": image_bytes(pattern(8, 9))})
-    refused(spec, replace(PETS, input_size=None), r"^cat/2\.png is 3 x 8 x 9 .*cat/1\.png is 3 x 8 x 8 ")
+    check_refused(spec, replace(PETS, input_size=None), r"^cat/2\.png is 3 x 8 x 9 .*cat/1\.png is 3 x 8 x 8 ")
 
 
 def test_a_file_that_vanishes_is_named(tmp_path):
@@ -227,7 +227,7 @@ def test_a_file_that_vanishes_is_named(tmp_path):
 def test_what_is_no_zip_is_refused(tmp_path):
     path = tmp_path / "data.zip"
     path.write_bytes(b"PK but not really")
-    refused(path, PETS, r"data\.zip cannot be read as a zip \(")
+    check_refused(path, PETS, r"data\.zip cannot be read as a zip \(")
 
 
 def test_a_damaged_member_is_a_bad_image(tmp_path):
@@ -235,7 +235,7 @@ def test_a_damaged_member_is_a_bad_image(tmp_path):
     raw = bytearray(path.read_bytes())
     raw[raw.index(image_bytes(pattern(seed=1))) + 60] ^= 255
     path.write_bytes(raw)
-    refused(path, PETS, r"cat/1\.png cannot be read \(Bad CRC-32")
+    check_refused(path, PETS, r"cat/1\.png cannot be read \(Bad CRC-32")
     assert list(labels(load_data(str(path), PETS, skip_bad_images=True))) == ["cat/2.png"]
 
 
@@ -317,17 +317,17 @@ def test_npz_refusals(tmp_path, arrays, reason):
 
 def test_npz_layout_is_checked_where_the_size_is_unknown(tmp_path):
     spec = npz(tmp_path, x=FLOAT.transpose(0, 2, 3, 1), y=Y)
-    refused(spec, model_of(3, None), "so it has 8 channels: float is")
+    check_refused(spec, model_of(3, None), "so it has 8 channels: float is")
 
 
 def test_what_is_no_npz_is_refused(tmp_path):
     path = tmp_path / "data.npz"
     path.write_bytes(b"not a zip")
-    refused(path, model_of(), r"data\.npz cannot be read as an \.npz \(File is not a zip file\)")
+    check_refused(path, model_of(), r"data\.npz cannot be read as an \.npz \(File is not a zip file\)")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x.npy", b"no array")
         archive.writestr("y.npy", b"no array")
-    refused(path, model_of(), "cannot be read as an .npz")
+    check_refused(path, model_of(), "cannot be read as an .npz")
 
 
 def test_an_npz_that_ends_early_is_refused(tmp_path):
@@ -336,7 +336,7 @@ def test_an_npz_that_ends_early_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "data.npz", "w") as archive:
         archive.writestr("x.npy", (tmp_path / "x.npy").read_bytes()[:-1])
         archive.write(tmp_path / "y.npy", "y.npy")
-    refused(tmp_path / "data.npz", model_of(), "it ends early")
+    check_refused(tmp_path / "data.npz", model_of(), "it ends early")
 
 
 def test_npz_rows_of_a_subset_are_the_same_rows(tmp_path):
@@ -381,7 +381,7 @@ def test_one_image_labelled_by_wnid(tmp_path):
 )
 def test_one_image_with_a_label_that_is_not_clear(tmp_path, model, label, reason):
     (tmp_path / "panda.png").write_bytes(image_bytes(pattern()))
-    refused(tmp_path / "panda.png", model, reason, label=label)
+    check_refused(tmp_path / "panda.png", model, reason, label=label)
 
 
 # foolbox's samples
@@ -436,7 +436,7 @@ def test_the_labels_of_samples_are_the_usual_indices():
     ],
 )
 def test_samples_that_do_not_suit_are_refused(spec, model, reason):
-    refused(spec, model, reason)
+    check_refused(spec, model, reason)
 
 
 # torchvision's sets, in its own formats on disk
@@ -519,7 +519,7 @@ def test_files_of_torchvision_are_decoded_here(tmp_path):
     ],
 )
 def test_torchvision_sets_that_are_not_there(tmp_path, spec, model, root, reason):
-    refused(spec, model, reason, data_root=root and tmp_path)
+    check_refused(spec, model, reason, data_root=root and tmp_path)
     assert list(tmp_path.iterdir()) == [], "nothing is downloaded, nothing made"
 
 
@@ -537,16 +537,16 @@ def test_torchvision_sets_that_are_not_there(tmp_path, spec, model, root, reason
     ],
 )
 def test_unknown_specs(spec, reason):
-    refused(spec, PETS, reason)
+    check_refused(spec, PETS, reason)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "data.csv").write_text("a,b")
-    refused(tmp_path / "data.csv", PETS, r"data\.csv is not data: give an image folder, a \.zip")
+    check_refused(tmp_path / "data.csv", PETS, r"data\.csv is not data: give an image folder, a \.zip")
 
 
 def test_a_label_is_for_one_image():
-    refused("samples", IMAGENET_MODEL, "--label is for a single image", label="panda")
+    check_refused("samples", IMAGENET_MODEL, "--label is for a single image", label="panda")
 
 
 # --limit
@@ -554,7 +554,7 @@ def test_a_label_is_for_one_image():
 
 @pytest.mark.parametrize("limit", [0, -1])
 def test_limit_must_be_positive(limit):
-    refused("samples", IMAGENET_MODEL, "limit must be at least 1", limit=limit)
+    check_refused("samples", IMAGENET_MODEL, "limit must be at least 1", limit=limit)
 
 
 IDS = [f"{row:05d}" for row in range(200)]

@@ -36,7 +36,7 @@ from robust.models.model import Model, Preprocess
 SMALL = "shufflenet_v2_x0_5"  # of torchvision: 5 MB, and a linear classifier
 
 
-def refused(*arguments: Any) -> str:
+def check_refused(*arguments: Any) -> str:
     """The message that `load_model` refuses the arguments with, which is always one line."""
     with pytest.raises(InputError) as caught:
         load_model(*arguments)
@@ -128,12 +128,12 @@ def test_list_models_names_what_can_be_loaded() -> None:
     ],
 )
 def test_unknown_names_are_refused_with_the_nearest_known(spec: str, says: str) -> None:
-    assert says in refused(spec)
+    assert says in check_refused(spec)
 
 
 @pytest.mark.parametrize("side", [0, -1])
 def test_an_impossible_input_size_is_refused(side: int) -> None:
-    assert f"not {side}" in refused("efficientnet_lite0", None, side)
+    assert f"not {side}" in check_refused("efficientnet_lite0", None, side)
 
 
 def test_loading_leaves_the_random_numbers_as_they_were() -> None:
@@ -193,7 +193,7 @@ def test_the_bundled_model_on_imagenet(shared: Path) -> None:
 
 
 def test_the_bundled_model_takes_no_other_weights(tmp_path: Path) -> None:
-    assert "timm:tf_efficientnet_lite0 --weights" in refused("efficientnet_lite0", tmp_path / "a.pth")
+    assert "timm:tf_efficientnet_lite0 --weights" in check_refused("efficientnet_lite0", tmp_path / "a.pth")
 
 
 def test_the_fingerprint_tells_weights_apart_and_nothing_else(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_published_checkpoints_of_awkward_networks_load_as_in_torchvision(arch: 
 
 
 def test_where_the_download_is_impossible_the_three_ways_on_are_named(caches: Path) -> None:
-    message = refused("resnet50")
+    message = check_refused("resnet50")
     assert "--weights FILE" in message
     assert str(caches / "torch" / "checkpoints" / "resnet50-11ad3fa6.pth") in message
     assert "--model efficientnet_lite0" in message
@@ -297,7 +297,7 @@ def test_a_download_that_goes_wrong_leaves_no_file(
     response: Callable[[], Response], says: str, caches: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "urlopen", lambda request: response())
-    message = refused("resnet50")
+    message = check_refused("resnet50")
     assert says in message and "--weights FILE" in message
     assert not [path for path in caches.rglob("*") if path.is_file()]
     assert socket.getdefaulttimeout() is None
@@ -316,7 +316,7 @@ def test_a_download_is_kept_in_the_torch_cache(caches: Path, monkeypatch: pytest
 def test_a_corrupt_file_in_the_torch_cache_is_named(caches: Path) -> None:
     path = cache_for_torch(caches, torchvision.models.ResNet50_Weights.DEFAULT, {})
     path.write_bytes(b"cut off")
-    assert str(path) in (message := refused("resnet50")) and "corrupt" in message
+    assert str(path) in (message := check_refused("resnet50")) and "corrupt" in message
 
 
 def test_input_size_overrides_the_preprocessing(tmp_path: Path) -> None:
@@ -448,7 +448,7 @@ def test_files_that_are_no_weights_for_the_model_are_refused(
 ) -> None:
     path = tmp_path / "weights.pth"
     write_unfit(kind, dict(small.state_dict()), path)
-    message = refused(SMALL, path)
+    message = check_refused(SMALL, path)
     for words in says:
         assert words in message
     if kind != "nan":
@@ -458,7 +458,7 @@ def test_files_that_are_no_weights_for_the_model_are_refused(
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all"])
 def test_a_corrupt_safetensors_file_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(content)
-    assert "corrupt" in refused(SMALL, tmp_path / "a.safetensors")
+    assert "corrupt" in check_refused(SMALL, tmp_path / "a.safetensors")
 
 
 # timm
@@ -494,7 +494,7 @@ def test_timm_from_a_file_of_weights(tmp_path: Path) -> None:
 
 def test_an_input_size_that_the_network_does_not_take_is_refused(tmp_path: Path) -> None:
     torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "a.pth")
-    assert "fails on 3x128x128 images" in refused("timm:vit_tiny_patch16_224", tmp_path / "a.pth", 128)
+    assert "fails on 3x128x128 images" in check_refused("timm:vit_tiny_patch16_224", tmp_path / "a.pth", 128)
 
 
 @pytest.mark.parametrize(
@@ -509,7 +509,7 @@ def test_where_timms_download_is_impossible_it_is_tried_only_once(
 ) -> None:
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)  # what the hub's client does between its attempts
-    message = refused(spec)
+    message = check_refused(spec)
     assert waits == []
     assert "--weights FILE" in message and "--model efficientnet_lite0" in message
     assert str(caches / cache) in message
@@ -528,14 +528,14 @@ def test_the_file_that_timms_repository_has_is_downloaded(caches: Path, monkeypa
 
 def test_a_corrupt_file_in_the_hugging_face_cache_is_named(caches: Path) -> None:
     cache_for_timm(caches, "test_vit.r160_in1k", b"cut off")
-    message = refused("timm:test_vit")
+    message = check_refused("timm:test_vit")
     assert "model.safetensors does not load" in message and "delete it" in message
 
 
 def test_a_feature_extractor_of_timm_is_no_classifier(tmp_path: Path) -> None:
     net = timm.create_model("vit_pe_spatial_tiny_patch16_512")
     torch.save(net.state_dict(), tmp_path / "a.pth")
-    assert "feature extractor" in refused("timm:vit_pe_spatial_tiny_patch16_512", tmp_path / "a.pth")
+    assert "feature extractor" in check_refused("timm:vit_pe_spatial_tiny_patch16_512", tmp_path / "a.pth")
 
 
 # A user's own network
@@ -663,7 +663,7 @@ def test_weights_for_a_factory(tmp_path: Path, write: Write) -> None:
     model = load_model(spec, tmp_path / "whole.pth")
     assert torch.equal(model.module.state_dict()["linear.bias"], torch.arange(10.0))
     torch.save(state, tmp_path / "part.pth")
-    assert "does not fit Net: linear.weight, linear.bias missing" in refused(spec, tmp_path / "part.pth")
+    assert "does not fit Net: linear.weight, linear.bias missing" in check_refused(spec, tmp_path / "part.pth")
 
 
 @pytest.mark.parametrize(
@@ -700,7 +700,7 @@ def test_weights_for_a_factory(tmp_path: Path, write: Write) -> None:
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_factory_is_said(make: str, says: str, write: Write) -> None:
-    assert re.search(says, refused(write(make)))
+    assert re.search(says, check_refused(write(make)))
 
 
 @pytest.mark.parametrize(
@@ -716,7 +716,7 @@ def test_what_is_wrong_with_a_factory_is_said(make: str, says: str, write: Write
     ],
 )
 def test_specs_of_python_that_lead_nowhere_are_refused(spec: str, says: str) -> None:
-    assert says in refused(spec)
+    assert says in check_refused(spec)
 
 
 def test_the_shared_networks(shared: Path) -> None:
