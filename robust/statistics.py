@@ -1,18 +1,28 @@
 """The statistics of robustness: from per-sample verdicts to proportions with their uncertainty.
 
-Pure functions of the sample table (`Store.samples`); nothing here imports torch.
+Three groups of pure functions: intervals and tests on counts, the planning of sample sizes, and the summary of the
+sample table (`Store.samples`). Nothing here imports torch, nor scipy.stats, which would cost the gate half a second.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import sqrt
 
+import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
+from scipy.special import bdtr, betaincinv, ndtri
+
+from robust.errors import InputError
 
 WORST_CASE = "worst_case"
 SUMMARY_COLUMNS = (
     "attack", "norm", "eps", "n", "clean_accuracy", "robust_accuracy", "ci_low", "ci_high",
     "robust_accuracy_8bit", "median_distance", "forwards", "gradients", "seconds",
 )  # fmt: skip
+
+# The share of samples that rise although the network got worse, which `sample_size` assumes; the more of them, the more
+# samples it takes. Measured on 1,000 CIFAR-10 images under PGD: up to 0.10 between a ResNet-20 and a ResNet-32, 0.04 to
+# 0.07 between adversarially trained twins of other seeds, below 0.005 for one network attacked with another seed.
+CHURN = 0.1
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -21,15 +31,127 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     Unlike the normal approximation it stays inside [0, 1] and keeps its coverage at 0 and n successes,
     where robust accuracies often lie.
     """
+    _check_counts(successes, n)
     if n == 0:
         return 0.0, 1.0
-    interval = binomtest(successes, n).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
+    z = -ndtri(_tail(confidence))
+    center = (successes + z**2 / 2) / (n + z**2)
+    half = z * sqrt(successes * (n - successes) / n + z**2 / 4) / (n + z**2)
+    # At the ends the two terms are equal; their difference would leave a rounding error.
+    return (0.0 if successes == 0 else float(center - half)), (1.0 if successes == n else float(center + half))
+
+
+def clopper_pearson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The exact interval for a proportion (Clopper and Pearson 1934, doi:10.1093/biomet/26.4.404).
+
+    It covers the true proportion at least as often as it says, at the price of being wider than `wilson`.
+    """
+    _check_counts(successes, n)
+    tail = _tail(confidence)
+    low = 0.0 if successes == 0 else float(betaincinv(successes, n - successes + 1, tail))
+    high = 1.0 if successes == n else float(betaincinv(successes + 1, n - successes, 1 - tail))
+    return low, high
+
+
+def mcnemar(fell: int, rose: int) -> float:
+    """Two-sided p-value of the exact McNemar test (McNemar 1947, doi:10.1007/BF02295996).
+
+    `fell` samples were right only in the baseline, `rose` only in the current run. Where nothing changed but by chance,
+    each of them was as likely to rise as to fall: fell ~ binomial(fell + rose, 1/2). The samples with the same verdict
+    in both runs say nothing.
+    """
+    return min(1.0, 2 * float(bdtr(min(fell, rose), fell + rose, 0.5)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values adjusted for their number (Holm 1979, https://www.jstor.org/stable/4615733), in the order given.
+
+    Rejecting those below a level keeps the chance of any false rejection below that level, however the tests depend on
+    each other; rows of one network on the same samples depend strongly.
+    """
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def paired_difference(fell: int, rose: int, n: int, kept: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Score interval for the change of a proportion between two runs on the same `n` samples.
+
+    Tango 1998 (Statist. Med. 17:891): the differences d, current - baseline, that the score test of "the difference is
+    d" does not reject. It depends on the samples that `fell` and `rose`; `kept`, right in both runs, completes the
+    table, which has to add up. At d = 0 the test is McNemar's without correction, so the interval can exclude 0 where
+    the exact p-value, which is the more careful one, is still above 1 - confidence.
+
+    Not Newcombe's method 10 (1998, Statist. Med. 17:2635): two runs of nearly the same network hardly differ, and there
+    its 95 % interval covers as little as 86 % (1,000 samples, half of them right, a true drop of 0.002).
+    """
+    if min(fell, rose, kept) < 0 or fell + rose + kept > n:
+        raise ValueError(f"{fell} that fell, {rose} that rose and {kept} kept are no table of {n} samples")
+    if n == 0:
+        return -1.0, 1.0
+    z = -ndtri(_tail(confidence))
+    observed = float((rose - fell) / n)
+
+    def accepted(difference: float) -> bool:
+        # The table, or its mirror image, in which more rise than fall: there no digits cancel in the root.
+        size, less, more = (difference, fell, rose) if difference >= 0 else (-difference, rose, fell)
+        linear = (2 * n + less - more) * size - less - more
+        # The smaller share of those that change, at its maximum likelihood given the difference.
+        share = (sqrt(linear**2 + 8 * n * less * size * (1 - size)) - linear) / (4 * n)
+        return n * (observed - difference) ** 2 <= z**2 * (2 * share + size * (1 - size))
+
+    def limit(outside: float) -> float:
+        inside = observed
+        for _ in range(60):  # bisection down to the last bit
+            middle = (inside + outside) / 2
+            inside, outside = (middle, outside) if accepted(middle) else (inside, middle)
+        return inside
+
+    return limit(-1.0), limit(1.0)
+
+
+def power(n: int, drop: float, churn: float = CHURN, significance: float = 0.05) -> float:
+    """The chance that a true drop of accuracy by `drop` is found on `n` samples, to an accuracy of 1e-12.
+
+    Found means that fewer samples rose than fell and that `mcnemar` is below `significance`. A share `churn` of the
+    samples rises and churn + drop falls (the trinomial model of Duffy 1984, Biometrics 40:1005); given how many do
+    either, the number that rises is binomial, and the power is the mean over how many do. Among k rows the first step
+    of `holm` asks for significance / k.
+    """
+    _check_plan(drop, churn, significance)
+    return _power(n, drop, churn, significance)
+
+
+def sample_size(drop: float, churn: float = CHURN, power: float = 0.8, significance: float = 0.05) -> int:
+    """The least number of samples from which on a drop is found with probability `power`; for the rest see `power`."""
+    _check_plan(drop, churn, significance)
+    if not 0 < power < 1:
+        raise InputError(f"a power of {power:g} cannot be planned for: choose one between 0 and 1, such as 0.8")
+
+    def enough(n: int) -> bool:
+        return _power(n, drop, churn, significance) >= power
+
+    low, high = 0, 1
+    while not enough(high):
+        if high > 1_000_000:
+            raise InputError(f"a drop of {drop:g} takes more than a million samples to see: plan for a larger one")
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    # Where nearly every sample changes its verdict, the power is a saw-tooth in n: go on behind its last dip.
+    while dips := [n for n in range(high, high + 16) if not enough(n)]:
+        high = dips[-1] + 1
+    return high
 
 
 def distance(samples: pd.DataFrame) -> pd.Series:
     """The distance of each row's adversarial in the row's own norm."""
-    return samples.distance_linf.where(samples.norm == "linf", samples.distance_l2)
+    own = [samples[f"distance_{norm}"].where(samples.norm == norm) for norm in samples.norm.unique()]
+    return own[0] if len(own) == 1 else pd.concat(own, axis=1).bfill(axis=1).iloc[:, 0]
 
 
 def summarize(samples: pd.DataFrame, seconds: Mapping[str, float]) -> pd.DataFrame:
@@ -88,3 +210,39 @@ def _row(attack: str, norm: str, eps: float, group: pd.DataFrame) -> dict[str, o
         "gradients": int(group.gradients.sum()),
         "seconds": float(group.seconds.sum()),
     }
+
+
+def _check_counts(successes: int, n: int) -> None:
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes among {n} samples")
+
+
+def _tail(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"a confidence of {confidence} is not between 0 and 1")
+    return (1 - confidence) / 2
+
+
+def _check_plan(drop: float, churn: float, significance: float) -> None:
+    if not 0 < significance < 1:
+        raise InputError(f"a significance of {significance:g} cannot be planned for: choose one such as 0.05")
+    if not 0 <= churn <= 0.25:
+        raise InputError(f"a churn of {churn:g} cannot be planned for: choose 0 to 0.25, that of unrelated networks")
+    if not 0 < drop <= 1 - 2 * churn:
+        raise InputError(f"a drop of {drop:g} cannot be planned for: choose one above 0, up to {1 - 2 * churn:g}")
+
+
+def _power(n: int, drop: float, churn: float, significance: float) -> float:
+    changing = min(1.0, drop + 2 * churn)
+    # Beyond these counts of changed verdicts lies a probability of less than 1e-13 (Bernstein's inequality).
+    reach = 8 * sqrt(n * changing * (1 - changing)) + 30
+    edges = np.arange(max(0, int(n * changing - reach)) - 1, min(n, int(n * changing + reach) + 1) + 1)
+    changed = edges[1:]
+    probability = np.diff(np.nan_to_num(bdtr(edges, n, changing)))  # bdtr is nan at -1
+    # The most that may rise with the p-value still below the significance, -1 for none: approximated, then corrected.
+    rose = np.maximum(np.floor((changed + ndtri(significance / 2) * np.sqrt(changed)) / 2), -1)
+    while (more := 2 * bdtr(rose + 1, changed, 0.5) < significance).any():
+        rose += more
+    while (fewer := 2 * bdtr(rose, changed, 0.5) >= significance).any():
+        rose -= fewer
+    return float(probability @ np.nan_to_num(bdtr(rose, changed, churn / changing)))
