@@ -7,10 +7,14 @@ import pytest
 import timm
 import torch
 import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
+from robust.models.image_conv import ImageConv2d
 from robust.models.prepare import fast_twin, frozen
+from toys import conv_net
 
 
 def seeded(module: nn.Module) -> nn.Module:
@@ -148,7 +152,7 @@ def test_batch_norms_are_folded_where_that_changes_nothing(make: Callable[[], nn
     module, x = seeded(make()), images()
     twin, description = fast_twin(module, x)
     assert norms(twin) == left
-    assert description == ("batch-norm folded, channels_last" if norms(module) > left else "channels_last")
+    assert ("batch-norm folded" in description) == (norms(module) > left) and description.endswith("channels_last")
     assert not any(parameter.requires_grad for parameter in twin.parameters())
     for ours, theirs in zip(logits_and_gradient(twin, x), logits_and_gradient(module, x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
@@ -271,3 +275,46 @@ def test_frozen_restores_every_part_even_after_an_error() -> None:
         raise KeyError
     assert [part.training for part in module.modules()] == training
     assert [parameter.requires_grad for parameter in module.parameters()] == required
+
+
+# The gradient of the image
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    channels=st.integers(1, 4), kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)), stride=st.integers(1, 4),
+    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)), size=st.tuples(st.integers(7, 17), st.integers(7, 17)),
+    bias=st.booleans(),
+)  # fmt: skip
+def test_image_convolution_equals_torchs(channels, kernel, stride, padding, size, bias):
+    conv = nn.Conv2d(channels, 5, kernel, stride, padding, bias=bias).double()
+    assert ImageConv2d.suits(conv)
+    x = torch.rand(2, channels, *size, dtype=torch.float64, requires_grad=True)
+    expected, ours = conv(x), ImageConv2d(conv)(x)
+    torch.testing.assert_close(ours, expected)
+    cotangent = torch.randn_like(expected)
+    (reference,) = torch.autograd.grad(expected, x, cotangent)
+    (gradient,) = torch.autograd.grad(ours, x, cotangent)
+    torch.testing.assert_close(gradient, reference)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(8, 8, 3), nn.Conv2d(3, 3, 3, groups=3), nn.Conv2d(3, 8, 3, dilation=2), nn.Conv2d(3, 8, 3, padding="same"),
+        nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"), nn.Conv2d(3, 8, 3, stride=(1, 2)), nn.Linear(3, 3),
+    ],
+)  # fmt: skip
+def test_other_convolutions_are_left_alone(conv):
+    assert not ImageConv2d.suits(conv)
+
+
+def test_the_twin_has_the_gradient_of_the_model():
+    model, x = conv_net(), images(12, 6)
+    twin, description = fast_twin(model, x)
+    assert "image gradient by blocks" in description and any(isinstance(m, ImageConv2d) for m in twin.modules())
+    gradients = []
+    for net in (model, twin):
+        query = x.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(net(query).logsumexp(1).sum(), query)[0])
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-4)

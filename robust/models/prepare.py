@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from robust.models.image_conv import ImageConv2d
 from robust.models.probe import describe
 
 TOLERANCE = 5e-3  # of a twin's logits, relative to the largest; a wrong fold is off by about 1, TF32 by 1e-3
@@ -34,7 +35,8 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
 def fast_twin(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
     """A faster equivalent of `module` for its forward and input gradient, and in words what it is.
 
-    A copy in eval mode with frozen parameters, each batch-norm folded into its convolution, in channels_last.
+    A copy in eval mode with frozen parameters, each batch-norm folded into its convolution, in channels_last, and on
+    a CPU with the gradient of the image computed by blocks of pixels.
     It must agree with the module on `x`, real images (N, C, H, W): the same argmax in every row, logits within
     TOLERANCE of the largest, a finite input gradient. Where it does not, or cannot be made, a plain frozen copy
     is tried, then `module` itself is returned, with the reason. `module` is left exactly as it was.
@@ -63,7 +65,12 @@ def _folded_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
     done = []
     if not _has_hooks(module) and _fold_batch_norms(twin, x[:2]):
         done.append("batch-norm folded")
-    if any(isinstance(part, nn.Conv2d) for part in twin.modules()):
+    if not _has_hooks(module):
+        for name, part in list(twin.named_modules()):
+            if name and ImageConv2d.suits(part):
+                twin.set_submodule(name, ImageConv2d(part))  # type: ignore[arg-type]
+                done.append("image gradient by blocks")
+    if any(isinstance(part, nn.Conv2d | ImageConv2d) for part in twin.modules()):
         twin = twin.to(memory_format=torch.channels_last)
         done.append("channels_last")
     return twin, ", ".join(done) or description

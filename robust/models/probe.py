@@ -22,7 +22,7 @@ def count_classes(module: nn.Module, size: Size) -> int:
     parameter = next(module.parameters(), torch.empty(0))
     x = torch.rand(2, *size, generator=torch.Generator().manual_seed(0)).to(parameter.device)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng():  # the network may be random
             logits = module(x)
     except Exception as error:  # a user's network may raise anything
         raise InputError(f"the model fails on {_written(size)} images: {describe(error)}") from error
