@@ -7,18 +7,30 @@ from typing import Any
 from torch import nn
 
 from attacks import engine
+from attacks.apgd import APGDCE, APGDDLR, APGDT
 from attacks.attack import Attack, Outcome, Task
+from attacks.autoattack import ENSEMBLES, Ensemble
+from attacks.ddn import DDN
+from attacks.fab import FAB
 from attacks.fgsm import FGSM
+from attacks.fmn import FMN
 from attacks.foolbox import PREFIX, AttackFailed, FoolboxAttack, foolbox_attacks
+from attacks.mifgsm import MIFGSM
 from attacks.norms import NORMS
 from attacks.pgd import PGD
+from attacks.sigma_zero import SigmaZero
+from attacks.square import Square
+from attacks.transfer import Transfer
 from attacks.uniform import UniformNoise
 
 __all__ = [
     "ATTACKS",
+    "ENSEMBLES",
     "NORMS",
+    "AnyAttack",
     "Attack",
     "AttackFailed",
+    "Ensemble",
     "FoolboxAttack",
     "Outcome",
     "Task",
@@ -30,38 +42,62 @@ __all__ = [
 ATTACKS: dict[str, type[Attack]] = {
     "fgsm": FGSM,
     "pgd": PGD,
+    "mi-fgsm": MIFGSM,
+    "apgd-ce": APGDCE,
+    "apgd-dlr": APGDDLR,
+    "apgd-t": APGDT,
+    "fab-t": FAB,
+    "square": Square,
+    "fmn": FMN,
+    "ddn": DDN,
+    "sigma-zero": SigmaZero,
+    "transfer": Transfer,
     "noise": UniformNoise,
 }
+
+AnyAttack = Attack | Ensemble | FoolboxAttack
 
 
 def names() -> list[str]:
     """Every attack that `make` knows."""
-    return [*ATTACKS, *foolbox_attacks()]
+    return [*ENSEMBLES, *ATTACKS, *foolbox_attacks()]
 
 
-def make(name: str, norm: str, targeted: bool = False, **options: Any) -> Attack | FoolboxAttack:
+def make(name: str, norm: str, targeted: bool = False, classes: int | None = None, **options: Any) -> AnyAttack:
     """The attack called `name` with those of the options that it has; None stands for its own default.
 
-    KeyError for an unknown name, ValueError for an option that it cannot take.
+    classes: how many the model has; None where that is not known yet.
+
+    KeyError for an unknown name, ValueError for an option or a model that it cannot take.
     """
     given = {key: value for key, value in options.items() if value is not None}
     if name.startswith(PREFIX):
         return FoolboxAttack.of(name, norm, targeted, given)
+    if name in ENSEMBLES:
+        if targeted:
+            raise ValueError(f"{name} chooses its targets itself; to reach one class use apgd-ce or pgd")
+        return ENSEMBLES[name](norm, 10 if classes is None else classes)
     kind = ATTACKS[name]
+    if classes is not None and classes < kind.least_classes:
+        raise ValueError(
+            f"{name} needs {kind.least_classes} classes, for the logits in its loss, and the model has {classes}; "
+            "use apgd-ce"
+        )
     known = {field.name for field in fields(kind)}
     return kind(norm=norm, targeted=targeted, **{key: given[key] for key in given if key in known})
 
 
 def run(
     model: nn.Module,
-    attack: Attack | FoolboxAttack,
+    attack: AnyAttack,
     tasks: Iterable[Task],
     eps: Sequence[float],
     *,
     slots: int,
     seed: int,
+    draws: int = 1,
 ) -> Iterator[Outcome]:
     """Attack every task up the rising ladder `eps`, in batches of at most `slots`; see `engine.run`."""
-    if isinstance(attack, FoolboxAttack):
-        return attack.run(model, tasks, eps, slots=slots, seed=seed)
-    return engine.run(model, attack, tasks, eps, slots=slots, seed=seed)
+    if isinstance(attack, Ensemble | FoolboxAttack | Transfer):
+        return attack.run(model, tasks, eps, slots=slots, seed=seed, draws=draws)
+    return engine.run(model, attack, tasks, eps, slots=slots, seed=seed, draws=draws)

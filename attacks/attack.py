@@ -1,12 +1,12 @@
 """What an attack is: it names points, and is told what the model said there. It never calls the model.
 
-That one inversion lets the engine run any attack over any mix of samples, radii and restarts in full batches,
-count every evaluation, and judge every point.
+That one inversion lets the engine run any attack over any mix of samples, radii, targets and restarts in full
+batches, count every evaluation, and judge every point.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,17 +15,27 @@ from attacks.noise import Noise
 from attacks.norms import NORMS, Norm
 
 
-@dataclass
+@dataclass(kw_only=True)
 class State:
-    """What an attack knows, row b of every tensor belonging to slot b. Attacks that remember more subclass it."""
+    """What is known of each slot, row b of every tensor belonging to slot b. Attacks that remember more subclass it."""
 
     x: Tensor  # (B, C, H, W) clean images
     y: Tensor  # (B,) the labels to leave or, when targeted, to reach
+    target: Tensor  # (B,) the class that a targeted loss aims at; y where there is none but y
     eps: Tensor  # (B,) radius
-    query: Tensor  # (B, C, H, W) the point that the attack asks about next
+    query: Tensor  # (B, C, H, W) the point that the attack asks about next; at first x
+    asked: Tensor  # (B,) how many points have been asked about, kept by the engine
 
     def __getitem__(self, rows: Tensor) -> Self:
         return type(self)(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+
+@dataclass(kw_only=True)
+class MinimalState(State):
+    """Of an attack that looks for the least distance; the engine keeps what it found."""
+
+    best: Tensor  # (B, C, H, W) the nearest adversarial so far; x before there is one
+    best_distance: Tensor  # (B,) its distance; infinite before there is one
 
 
 S = TypeVar("S", bound=State)
@@ -41,7 +51,7 @@ def cat(first: S, second: S) -> S:
 class Attack(ABC):
     """Hyperparameters of an attack, and its arithmetic on a batch of independent slots.
 
-    norm: "linf" or "l2".
+    norm: one of `norms`.
     targeted: reach the given label, rather than leave it.
     restarts: how often to begin anew, each time from other noise, on samples still standing.
     """
@@ -55,10 +65,26 @@ class Attack(ABC):
     norms: ClassVar[tuple[str, ...]]
     budget: ClassVar[Literal["fixed", "minimal"]] = "fixed"  # stays inside eps, or looks for the least distance
     needs_grad: ClassVar[bool] = True
+    least_classes: ClassVar[int] = 2
+    targetable: ClassVar[bool] = True
+
+    @classmethod
+    def kind(cls) -> str:
+        """What it uses of the model and what it minimises, in words."""
+        return f"{'gradients' if cls.needs_grad else 'scores'}, {cls.budget} eps".replace(
+            "minimal eps", "least distance"
+        )
+
+    @classmethod
+    def cost(cls) -> str:
+        """Of a step, in words."""
+        return "1 forward, 1 gradient" if cls.needs_grad else "1 forward"
 
     def __post_init__(self) -> None:
         if self.norm not in self.norms:
             raise ValueError(f"{self.name} has no norm {self.norm!r}; it has {', '.join(self.norms)}")
+        if self.targeted and not self.targetable:
+            raise ValueError(f"{self.name} chooses its targets itself; to reach one class use apgd-ce or pgd")
         if self.restarts < 1:
             raise ValueError(f"restarts must be at least 1, not {self.restarts}")
 
@@ -67,24 +93,42 @@ class Attack(ABC):
         return NORMS[self.norm]
 
     @property
+    def strays(self) -> bool:
+        """Whether it may ask about points outside the ball on its way; only those inside count."""
+        return False
+
+    @property
+    def targets(self) -> int:
+        """How many wrong classes it aims at in turn, likeliest first; 0 for an attack that aims at none."""
+        return 0
+
+    @property
     @abstractmethod
     def queries(self) -> int:
-        """How many points one run asks about, the first and the last included."""
+        """How many points one run asks about at most, the first and the last included."""
 
-    @abstractmethod
-    def init(self, x: Tensor, y: Tensor, eps: Tensor, noise: Noise) -> State:
-        """Begin on clean images x (B, C, H, W) in [0, 1]; the first query is the first point judged."""
+    def last(self, state: State) -> Tensor:
+        """(B,) bool: whether the present query, counted in `state.asked`, is the last of its run."""
+        return state.asked >= self.queries
 
-    def loss(self, logits: Tensor, state: State) -> Tensor:
+    def init(self, state: Any, noise: Noise) -> State:
+        """The state that a run begins in; its first query is the first point judged."""
+        return state
+
+    def loss(self, logits: Tensor, state: Any) -> Tensor:
         """(B,): what the gradient given to `step` is taken of."""
         raise TypeError(f"{self.name} asks for no gradient")
 
-    def step(self, state: State, logits: Tensor, grad: Tensor | None) -> State:
+    def step(self, state: Any, logits: Tensor, grad: Any) -> State:
         """Move `query` on, knowing the logits (B, K) and the gradient (B, C, H, W) of the loss there.
 
-        May overwrite the state and the gradient.
+        May overwrite the state and the gradient, which is None for an attack that needs none.
         """
         raise TypeError(f"{self.name} asks about one point only")
+
+    def fools(self, pred: Tensor, state: State) -> Tensor:
+        """(B,) bool: whether these predicted classes (B,) are what the attack is after."""
+        return pred == state.y if self.targeted else pred != state.y
 
 
 @dataclass(frozen=True)
@@ -95,20 +139,26 @@ class Task:
     key: int  # of the sample's noise
     x: Tensor  # (C, H, W) in [0, 1]
     y: int  # the label to leave or, when targeted, to reach
+    rungs: int | None = None  # climb only so many of the smallest eps: it is broken already at the others
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What an attack claims about one sample; nothing here has been verified.
 
-    `rung` is the index of the smallest eps at which it found an adversarial, None where it found none.
-    `x_adv` is that adversarial, or else the last point it asked about. `forwards` and `gradients` are the
-    evaluations made on each rung of the eps ladder: points judged, and gradients the attack went on from.
+    `rung` is the index of the smallest eps within which it found an adversarial, None where it found none there.
+    `found` says that `x_adv` is claimed to be adversarial: within that eps or, of an attack on the least
+    distance, at any distance; else it is the last point asked about. `restart` says in which of its runs (the
+    restarts for each target in turn, from 0) it was found, `component` by which part of an ensemble. `forwards` and
+    `gradients` are the evaluations made on each rung of the eps ladder: points judged, and gradients the attack
+    went on from; those of an attack on the least distance, which serve every rung, count on the first.
     """
 
     position: int
     x_adv: Tensor  # (C, H, W)
+    found: bool
     rung: int | None
     restart: int | None
     forwards: tuple[int, ...]
     gradients: tuple[int, ...]
+    component: str | None = None

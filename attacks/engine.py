@@ -1,21 +1,23 @@
 """Continuous batching for attacks: the batch stays full of samples that still stand.
 
-Each slot holds one sample on one rung of its eps ladder. A slot whose query fools the model retires at once; one
-that runs out of queries begins its next restart or, after the last, climbs to the next eps; freed slots are
-refilled from the queue. An adversarial found at a small eps lies inside every larger ball too, so a sample
-climbs only until it breaks, and a whole accuracy-against-eps curve is one run.
+Each slot holds one run of an attack on one sample: one rung of its eps ladder, one target, one restart. A slot
+whose query fools the model retires at once; one that runs out of queries begins the sample's next run or, after
+the last, climbs to the next eps; freed slots are refilled from the queue. An adversarial found at a small eps
+lies inside every larger ball too, so a sample climbs only until it breaks, and a whole accuracy-against-eps curve
+is one run. An attack that looks for the least distance does not climb: it answers for every eps at once.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from attacks.attack import Attack, Outcome, State, Task, cat
+from attacks.attack import Attack, MinimalState, Outcome, State, Task, cat
 from attacks.noise import Noise
+from attacks.norms import inside, per_slot
 
 
 def run(
@@ -26,105 +28,173 @@ def run(
     *,
     slots: int,
     seed: int,
+    draws: int = 1,
+    enough: float = 0.0,
 ) -> Iterator[Outcome]:
     """Attack every task over the rising ladder `eps`; outcomes come as slots retire, in no fixed order.
 
     `model` maps (B, C, H, W) to (B, K) logits, row by row. At most `slots` rows are evaluated at once. What is
     found on a sample depends on (seed, key) and not on its company in the batch.
+
+    draws: evaluations of each point, for models that are random: gradients and logits are averaged, and the
+        class is the vote of the draws (EOT, arXiv 1802.00420).
+    enough: attacks on the least distance stop on a sample once they have come within this.
     """
-    queue = iter(tasks)
+    minimal = attack.budget == "minimal"
+    queue = _climbs(model, attack, tasks, eps, slots)
     climbs: list[_Climb] = []  # row b of the state belongs to climbs[b]
     state: State | None = None
-    asked = np.zeros(0, int)  # queries made in the current run of each slot
-    starting = [_Climb.on(task, eps) for task in islice(queue, slots)]
+    starting = list(islice(queue, slots))
 
     while climbs or starting:
         if starting:
             fresh = _begin(attack, starting, eps, seed)
             state = fresh if state is None else cat(state, fresh)
             climbs += starting
-            asked = np.concatenate([asked, np.zeros(len(starting), int)])
         assert state is not None
 
-        wants_grad = attack.needs_grad and bool((asked + 1 < attack.queries).any())
-        logits, grad = _evaluate(model, attack, state, wants_grad, slots)
-        asked += 1
-        hit = logits.argmax(1) == state.y
-        fooled = (hit if attack.targeted else ~hit).cpu().numpy()
-        ended = fooled | (asked == attack.queries)
+        state.asked += 1
+        last = attack.last(state)
+        wants_grad = attack.needs_grad and not bool(last.all())
+        logits, grad, fooled = _evaluate(model, attack, state, wants_grad, slots, draws)
+        if isinstance(state, MinimalState):
+            _keep_nearest(attack, state, fooled)
+            done = state.best_distance <= enough
+        else:
+            done = fooled & inside(attack.ball, state.query - state.x, state.eps) if attack.strays else fooled
 
         starting = []
-        for row in np.flatnonzero(ended):
-            climb = climbs[row]
-            climb.count(int(asked[row]), attack.needs_grad)
-            if fooled[row] or not climb.advance(attack.restarts, len(eps)):
-                yield climb.outcome(state.query[row].clone(), fooled=bool(fooled[row]))
-            else:
-                starting.append(climb)
-        if ended.any():
-            kept = np.flatnonzero(~ended)
-            climbs, asked = [climbs[row] for row in kept], asked[kept]
-            rows = torch.from_numpy(kept).to(logits.device)
-            state, logits, grad = state[rows], logits[rows], None if grad is None else grad[rows]
+        ended = done | last
+        if bool(ended.any()):
+            over, kept = (rows.nonzero().squeeze(1) for rows in (ended, ~ended))
+            left = _left(state[over], done[over])
+            for row, broken, asked, point, distance in zip(over.tolist(), done[over].tolist(), *left, strict=True):
+                climb = climbs[row]
+                climb.end(asked, point, distance, attack.needs_grad, draws)
+                if broken or not climb.advance():
+                    yield climb.outcome(eps, minimal)
+                else:
+                    starting.append(climb)
+            climbs = [climbs[row] for row in kept.tolist()]
+            state, logits, grad = state[kept], logits[kept], None if grad is None else grad[kept]
             free = slots - len(climbs) - len(starting)
-            starting += [_Climb.on(task, eps) for task in islice(queue, free)]
-        if climbs:
-            state = attack.step(state, logits, grad)
-        else:
-            state = None
+            starting += islice(queue, free)
+        state = attack.step(state, logits, grad) if climbs else None
 
 
 @dataclass
 class _Climb:
-    """One sample's way up the eps ladder."""
+    """One sample's way through the runs of an attack, and up the eps ladder."""
 
     task: Task
+    targets: Sequence[int]  # those of the runs of one rung, each as often as there are restarts
+    rungs: int
     forwards: list[int]
     gradients: list[int]
     rung: int = 0
-    restart: int = 0
+    run: int = 0
+    point: Tensor | None = field(default=None, repr=False)  # what it has to show: the nearest, else the last
+    distance: float = math.inf
+    found_in: int | None = None
 
-    @classmethod
-    def on(cls, task: Task, eps: Sequence[float]) -> "_Climb":
-        return cls(task, [0] * len(eps), [0] * len(eps))
-
-    def count(self, asked: int, needs_grad: bool) -> None:
-        self.forwards[self.rung] += asked
+    def end(self, asked: int, point: Tensor, distance: float, needs_grad: bool, draws: int) -> None:
+        """Take what one run leaves: its point, adversarial where its distance is finite."""
+        self.forwards[self.rung] += asked * draws
         # The gradient at the point that ends a run is never used.
-        self.gradients[self.rung] += asked - 1 if needs_grad else 0
+        self.gradients[self.rung] += (asked - 1) * draws if needs_grad else 0
+        if distance < self.distance:
+            self.point, self.distance, self.found_in = point, distance, self.run
+        elif self.found_in is None:
+            self.point = point
 
-    def advance(self, restarts: int, rungs: int) -> bool:
-        """On to the next restart, or the next rung; False at the top."""
-        self.restart += 1
-        if self.restart == restarts:
-            if self.rung + 1 == rungs:
+    def advance(self) -> bool:
+        """On to the next run, or the next rung; False at the top."""
+        self.run += 1
+        if self.run == len(self.targets):
+            if self.rung + 1 == self.rungs:
                 return False
-            self.rung, self.restart = self.rung + 1, 0
+            self.rung, self.run = self.rung + 1, 0
         return True
 
-    def outcome(self, x_adv: Tensor, fooled: bool) -> Outcome:
+    def outcome(self, eps: Sequence[float], minimal: bool) -> Outcome:
+        assert self.point is not None
+        rung = None if self.found_in is None else self.rung
+        if minimal:
+            rung = next((k for k, radius in enumerate(eps) if self.distance <= radius), None)
         return Outcome(
             position=self.task.position,
-            x_adv=x_adv,
-            rung=self.rung if fooled else None,
-            restart=self.restart if fooled else None,
+            x_adv=self.point,
+            found=self.found_in is not None,
+            rung=rung,
+            restart=self.found_in,
             forwards=tuple(self.forwards),
             gradients=tuple(self.gradients),
         )
 
 
+def _left(state: State, done: Tensor) -> tuple[list[int], Tensor, list[float]]:
+    """Of runs that have ended: points asked about, the point to show, its distance; infinite where none was found.
+
+    Those of a fixed budget are all as good as one another.
+    """
+    asked = state.asked.tolist()
+    if isinstance(state, MinimalState):
+        found = state.best_distance.isfinite()
+        return asked, torch.where(per_slot(found, state.x), state.best, state.query), state.best_distance.tolist()
+    return asked, state.query, torch.where(done, 0.0, torch.inf).tolist()
+
+
+def _climbs(
+    model: Callable[[Tensor], Tensor], attack: Attack, tasks: Iterable[Task], eps: Sequence[float], slots: int
+) -> Iterator[_Climb]:
+    """A climb for each task, with its targets: the wrong classes that the model finds likeliest."""
+    queue = iter(tasks)
+    ladder = 1 if attack.budget == "minimal" else len(eps)
+    while batch := list(islice(queue, slots)):
+        targets = [[task.y] for task in batch]
+        if attack.targets:
+            x, y = torch.stack([task.x for task in batch]), torch.tensor([task.y for task in batch])
+            with torch.no_grad():
+                logits = model(padded(x, slots))[: len(batch)]
+            wrong = logits.scatter(1, y.to(logits.device)[:, None], -torch.inf).argsort(1, descending=True)
+            targets = wrong[:, : min(attack.targets, logits.shape[1] - 1)].tolist()
+        for task, wanted in zip(batch, targets, strict=True):
+            # Looking which classes are likely cost one forward.
+            forwards = [int(attack.targets > 0), *[0] * (len(eps) - 1)]
+            runs = [target for target in wanted for _ in range(attack.restarts)]
+            rungs = min(ladder, len(eps) if task.rungs is None else task.rungs)
+            yield _Climb(task, runs, rungs, forwards, [0] * len(eps))
+
+
 def _begin(attack: Attack, climbs: Sequence[_Climb], eps: Sequence[float], seed: int) -> State:
     x = torch.stack([climb.task.x for climb in climbs])
-    y = torch.tensor([climb.task.y for climb in climbs], device=x.device)
-    radius = torch.tensor([eps[climb.rung] for climb in climbs], device=x.device, dtype=x.dtype)
-    noise = Noise(
-        seed,
-        [climb.task.key for climb in climbs],
-        [climb.restart for climb in climbs],
-        tuple(x.shape[1:]),
-        x.device,
-    )
-    return attack.init(x, y, radius, noise)
+
+    def column(values: list) -> Tensor:
+        return torch.tensor(values, device=x.device)
+
+    known = {
+        "x": x,
+        "y": column([climb.task.y for climb in climbs]),
+        "target": column([climb.targets[climb.run] for climb in climbs]),
+        "eps": column([eps[climb.rung] for climb in climbs]).to(x),
+        "query": x.clone(),
+        "asked": torch.zeros(len(climbs), dtype=torch.long, device=x.device),
+    }
+    # No noise on the rung: what breaks a sample must not depend on which other eps were asked for.
+    keys, runs = [climb.task.key for climb in climbs], [climb.run for climb in climbs]
+    noise = Noise(seed, keys, runs, tuple(x.shape[1:]), x.device)
+    if attack.budget == "minimal":
+        nothing = {"best": x, "best_distance": torch.full((len(x),), torch.inf, device=x.device)}
+        return attack.init(MinimalState(**known, **nothing), noise)
+    return attack.init(State(**known), noise)
+
+
+def _keep_nearest(attack: Attack, state: MinimalState, fooled: Tensor) -> None:
+    distance = attack.ball.distance(state.query - state.x)
+    nearer = fooled & (distance < state.best_distance)
+    if bool(nearer.any()):
+        state.best = torch.where(per_slot(nearer, state.x), state.query, state.best)
+        state.best_distance = torch.where(nearer, distance, state.best_distance)
 
 
 def padded(x: Tensor, slots: int) -> Tensor:
@@ -139,7 +209,25 @@ def padded(x: Tensor, slots: int) -> Tensor:
     return torch.cat([x, x[:extra]]) if extra > 0 else x
 
 
+def vote(draws: Sequence[Tensor]) -> Tensor:
+    """The class (B,) most often predicted by several draws of logits (B, K); of equals the lowest."""
+    return draws[0].argmax(1) if len(draws) == 1 else torch.stack([logits.argmax(1) for logits in draws]).mode(0).values
+
+
 def _evaluate(
+    model: Callable[[Tensor], Tensor], attack: Attack, state: State, wants_grad: bool, slots: int, draws: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """At the queries: logits (B, K), the gradient of the attack's loss (B, C, H, W) if wanted, who is fooled (B,)."""
+    parts = [_ask(model, attack, state, wants_grad, slots) for _ in range(draws)]
+    logits, grad = parts[0]
+    pred = vote([drawn for drawn, _ in parts])
+    if draws > 1:
+        logits = torch.stack([drawn for drawn, _ in parts]).mean(0)
+        grad = torch.stack([drawn for _, drawn in parts if drawn is not None]).mean(0) if wants_grad else None
+    return logits, grad, attack.fools(pred, state)
+
+
+def _ask(
     model: Callable[[Tensor], Tensor], attack: Attack, state: State, wants_grad: bool, slots: int
 ) -> tuple[Tensor, Tensor | None]:
     n, query = len(state.query), padded(state.query.detach(), slots)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from attacks.attack import Attack, State
 from attacks.losses import cross_entropy
-from attacks.noise import Noise
 from attacks.norms import per_slot
 
 
@@ -23,14 +22,11 @@ class FGSM(Attack):
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
     queries: ClassVar[int] = 2
 
-    def init(self, x: Tensor, y: Tensor, eps: Tensor, noise: Noise) -> State:
-        return State(x, y, eps, query=x)
-
     def loss(self, logits: Tensor, state: State) -> Tensor:
         loss = cross_entropy(logits, state.y)
         return -loss if self.targeted else loss
 
-    def step(self, state: State, logits: Tensor, grad: Tensor) -> State:  # type: ignore[override]
+    def step(self, state: State, logits: Tensor, grad: Tensor) -> State:
         delta = self.ball.steepest_(grad).mul_(per_slot(state.eps, grad))
         state.query = delta.add_(state.x).clamp_(0, 1)
         return state

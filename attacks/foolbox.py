@@ -64,9 +64,9 @@ class FoolboxAttack:
         return kind(**self.options, **distance)
 
     def run(
-        self, model: nn.Module, tasks: Iterable[Task], eps: Sequence[float], *, slots: int, seed: int
+        self, model: nn.Module, tasks: Iterable[Task], eps: Sequence[float], *, slots: int, seed: int, draws: int = 1
     ) -> Iterator[Outcome]:
-        """Like `attacks.engine.run`. AttackFailed where foolbox raises."""
+        """Like `attacks.engine.run`, but foolbox judges every point by one draw. AttackFailed where foolbox raises."""
         queue = iter(tasks)
         while batch := list(islice(queue, slots)):
             with _seeded(seed), warnings.catch_warnings():
@@ -120,6 +120,7 @@ class FoolboxAttack:
             Outcome(
                 position=task.position,
                 x_adv=x_adv[row],
+                found=bool(rung[row] >= 0),
                 rung=int(rung[row]) if rung[row] >= 0 else None,
                 restart=0 if rung[row] >= 0 else None,
                 forwards=tuple(forwards[row].tolist()),

@@ -40,15 +40,16 @@ class PGD(Attack):
     def queries(self) -> int:
         return self.steps + 1
 
-    def init(self, x: Tensor, y: Tensor, eps: Tensor, noise: Noise) -> State:
-        query = self.ball.random(noise, eps).add_(x).clamp_(0, 1) if self.random_start else x.clone()
-        return State(x, y, eps, query)
+    def init(self, state: State, noise: Noise) -> State:
+        if self.random_start:
+            state.query = self.ball.random(noise, state.eps).add_(state.x).clamp_(0, 1)
+        return state
 
     def loss(self, logits: Tensor, state: State) -> Tensor:
         loss = cross_entropy(logits, state.y)
         return -loss if self.targeted else loss
 
-    def step(self, state: State, logits: Tensor, grad: Tensor) -> State:  # type: ignore[override]
+    def step(self, state: State, logits: Tensor, grad: Tensor) -> State:
         size = state.eps * (4 / self.steps if self.step_size is None else self.step_size)
         delta = state.query.addcmul_(self.ball.steepest_(grad), per_slot(size, grad)).sub_(state.x)
         state.query = self.ball.project_(delta, state.eps).add_(state.x).clamp_(0, 1)

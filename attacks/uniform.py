@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from attacks.attack import Attack, State
 from attacks.noise import Noise
 
@@ -15,9 +13,14 @@ class UniformNoise(Attack):
 
     name: ClassVar[str] = "noise"
     source: ClassVar[str] = "control"
-    norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "l0")
     needs_grad: ClassVar[bool] = False
     queries: ClassVar[int] = 1
 
-    def init(self, x: Tensor, y: Tensor, eps: Tensor, noise: Noise) -> State:
-        return State(x, y, eps, query=self.ball.random(noise, eps).add_(x).clamp_(0, 1))
+    @classmethod
+    def kind(cls) -> str:
+        return "control, random"
+
+    def init(self, state: State, noise: Noise) -> State:
+        state.query = self.ball.random(noise, state.eps).add_(state.x).clamp_(0, 1)
+        return state

@@ -1,38 +1,38 @@
-"""PGD-40 beside foolbox, torchattacks and adversarial-robustness-toolbox, and beside the network alone.
+"""PGD-40 beside foolbox, torchattacks and adversarial-robustness-toolbox; AutoAttack beside pyautoattack.
 
     pip install -e ".[bench]"
     python benchmarks/attacks.py --shared ../shared
 
-Every method attacks the same images with the same batch size, step (eps / 10) and number of steps, from a
-random start. Methods take turns, and the ratio printed is the median over the rounds of (peer / robust): above 1,
-robust is faster. Robust accuracy is counted on a fresh forward pass of what each method returns, over all images.
-"robust" is the whole of `robust.run`: clean pass, attack, re-verification, 8-bit check, store.
+Every method attacks the same images with the same batch size. PGD has the same step (eps / 10) and number of steps
+everywhere, from a random start, and is timed beside the network alone; AutoAttack is the standard suite. Methods take
+turns, and the ratio printed is the median over the rounds of (peer / robust): above 1, robust is faster. Robust
+accuracy is counted on a fresh forward pass of what each method returns, over all images. "robust" is the whole of
+`robust.run`: clean pass, attack, re-verification, 8-bit check, store.
 """
 
 import statistics
 import sys
 import time
 import warnings
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Annotated
+
+from images import load_images
 
 # Run as a script, this file would stand before the package of the same name.
 sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
 
-import numpy as np
 import torch
 import typer
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import robust
 
 BATCH, STEPS = 64, 40
+SUITE_BATCH = 250  # pyautoattack's own
 
 Method = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
 
@@ -49,6 +49,11 @@ CASES = (
     Case("cifar10_resnet20", 4 / 255, "4/255", 200),
     Case("cifar10_robust_8px", 8 / 255, "8/255", 500),
     Case("mnist_robust_03", 0.3, "0.3", 500),
+)
+SUITE_CASES = (
+    Case("cifar10_resnet20", 8 / 255, "8/255", 200),
+    Case("cifar10_robust_8px", 8 / 255, "8/255", 200),
+    Case("mnist_robust_03", 0.3, "0.3", 200),
 )
 
 
@@ -105,9 +110,22 @@ def bare(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
     return torch.ones(len(x), dtype=torch.bool)
 
 
-METHODS: dict[str, Method] = {
+def our_suite(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+    run = robust.run(model, (x, y), attacks=["autoattack"], eps=eps, batch_size=SUITE_BATCH)
+    return torch.tensor(run.samples.robust.to_numpy())
+
+
+def pyautoattack(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+    from pyautoattack import AutoAttack
+
+    x_adv, _ = AutoAttack(model, norm="Linf", eps=eps, seed=0).run_standard_evaluation(x, y, batch_size=SUITE_BATCH)
+    return stands(model, x_adv, y)
+
+
+PGD: dict[str, Method] = {
     "robust": ours, "foolbox": foolbox, "torchattacks": torchattacks, "art": art, "bare loop": bare,
 }  # fmt: skip
+SUITE: dict[str, Method] = {"robust": our_suite, "pyautoattack": pyautoattack}
 
 
 def stands(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -115,42 +133,39 @@ def stands(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return model(x.detach()).argmax(1) == y
 
 
-def load_images(shared: Path, factory: str, n: int) -> tuple[Tensor, Tensor]:
-    """The first n MNIST test images, or the first n / 10 of each CIFAR-10 class; (n, C, H, W) in [0, 1]."""
-    if factory.startswith("mnist"):
-        with np.load(shared / "data" / "mnist_test.npz") as data:
-            return torch.tensor(data["x"][:n])[:, None] / 255, torch.tensor(data["y"][:n]).long()
-    with zipfile.ZipFile(shared / "data" / "cifar10_test.zip") as archive:
-        names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
-        classes = sorted({name.split("/")[1] for name in names})
-        chosen = [[name for name in names if name.split("/")[1] == kind][: n // 10] for kind in classes]
-        arrays = [np.asarray(Image.open(BytesIO(archive.read(name)))) for group in chosen for name in group]
-    return torch.tensor(np.stack(arrays)).permute(0, 3, 1, 2) / 255, torch.arange(10).repeat_interleave(n // 10)
-
-
-def compare(case: Case, model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> None:
-    seconds: dict[str, list[float]] = {name: [] for name in METHODS}
-    standing: dict[str, list[int]] = {name: [] for name in METHODS}
-    for method in METHODS.values():  # warm up
+def compare(title: str, methods: Mapping[str, Method], case: Case, shared: Path, rounds: int) -> None:
+    model, (x, y) = load_network(shared, case.factory), load_images(shared, case.factory, case.images)
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    standing: dict[str, list[int]] = {name: [] for name in methods}
+    for method in methods.values():  # warm up
         method(model, x[:8], y[:8], case.eps)
     for turn in range(rounds):
-        order = list(METHODS.items())
+        order = list(methods.items())
         for name, method in order[turn % len(order) :] + order[: turn % len(order)]:
             torch.manual_seed(turn)
             began = time.perf_counter()
             verdicts = method(model, x, y, case.eps)
             seconds[name].append(time.perf_counter() - began)
             standing[name].append(int(verdicts.sum()))
-    print(f"\n{case.factory}, linf {case.said}, {len(x)} images, PGD-{STEPS}, batch {BATCH}, {rounds} rounds\n")
+    print(f"\n{case.factory}, linf {case.said}, {len(x)} images, {title}, {rounds} rounds\n")
     print("| method | seconds, median | ratio to robust | images that stand |\n|---|---|---|---|")
-    for name in METHODS:
+    for name in methods:
         ratios = [theirs / own for theirs, own in zip(seconds[name], seconds["robust"], strict=True)]
         range_of = "–" if name == "bare loop" else f"{min(standing[name])}–{max(standing[name])}"
         print(f"| {name} | {statistics.median(seconds[name]):.2f} | {statistics.median(ratios):.2f} | {range_of} |")
 
 
-def ladder(model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> None:
+def load_network(shared: Path, factory: str) -> nn.Module:
+    if str(shared / "models") not in sys.path:
+        sys.path.insert(0, str(shared / "models"))
+    import architectures
+
+    return getattr(architectures, factory)()
+
+
+def ladder(shared: Path, rounds: int) -> None:
     """Ten eps in one run beside the smallest alone."""
+    model, (x, y) = load_network(shared, "cifar10_resnet20"), load_images(shared, "cifar10_resnet20", 200)
     eps = [k / 255 for k in range(1, 11)]
     spent: dict[int, list[float]] = {1: [], 10: []}
     for _ in range(rounds):
@@ -168,20 +183,21 @@ def main(
     shared: Annotated[Path, typer.Option(help="Folder with models/ and data/.")] = Path("../shared"),
     rounds: Annotated[int, typer.Option(help="Turns of every method.")] = 5,
     only: Annotated[str | None, typer.Option(help="Run one case, by the factory's name.")] = None,
+    suite: Annotated[bool, typer.Option(help="AutoAttack instead of PGD.")] = False,
 ) -> None:
     """Print the tables as Markdown."""
     warnings.simplefilter("ignore")
-    sys.path.insert(0, str(shared / "models"))
-    import architectures
-
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU")
-    for case in CASES:
+    title, methods, cases = (
+        (f"AutoAttack, batch {SUITE_BATCH}", SUITE, SUITE_CASES)
+        if suite
+        else (f"PGD-{STEPS}, batch {BATCH}", PGD, CASES)
+    )
+    for case in cases:
         if only in (None, case.factory):
-            model = getattr(architectures, case.factory)()
-            x, y = load_images(shared, case.factory, case.images)
-            compare(case, model, x, y, rounds)
-            if case.factory == "cifar10_resnet20":
-                ladder(model, x, y, rounds)
+            compare(title, methods, case, shared, rounds)
+    if not suite and only in (None, "cifar10_resnet20"):
+        ladder(shared, rounds)
 
 
 if __name__ == "__main__":

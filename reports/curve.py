@@ -1,7 +1,7 @@
 """Robust accuracy against eps, as SVG: one for papers, and two for the HTML (wide and narrow screens)."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -30,6 +30,9 @@ _INK = "#010203"
 _NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
 
 
+Nearest = Mapping[str, np.ndarray]  # attack -> distances, rising
+
+
 @dataclass(frozen=True)
 class Layout:
     """Sizes in points, which are the SVG's units."""
@@ -47,14 +50,20 @@ PAPER = Layout(width=460, height=300, font=10, ticks=9)
 
 def write_curve(store: Store, folder: Path) -> None:
     """figures/curve.svg, a file that stands alone: black on nothing, its letters as outlines."""
-    svg = _svg(store.summary(), PAPER, fonttype="path", salt="paper")
+    svg = _svg(store.summary(), nearest(store), PAPER, fonttype="path", salt="paper")
     write_text(folder / "figures" / "curve.svg", svg.replace(_INK, "#000000"))
 
 
-def inline_svg(summary: pd.DataFrame, layout: Layout, css_class: str) -> str:
+def nearest(store: Store) -> Nearest:
+    """Of each attack on the least distance, the distances at which it broke images, rising."""
+    found = {attack: store.nearest(attack) for attack in store.identity["options"]["attacks"]}
+    return {attack: np.sort(list(distances.values())) for attack, distances in found.items() if distances}
+
+
+def inline_svg(summary: pd.DataFrame, distances: Nearest, layout: Layout, css_class: str) -> str:
     """An <svg> for HTML, in the page's font and colour of text, naming nothing outside the page."""
     # The salt keeps the ids of two of them on one page apart.
-    svg = _svg(summary, layout, fonttype="none", salt=css_class)
+    svg = _svg(summary, distances, layout, fonttype="none", salt=css_class)
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]
     body = body.replace("xlink:href", "href").replace(_INK, "currentColor")
     height = _height(summary, layout)
@@ -74,14 +83,14 @@ def describe(summary: pd.DataFrame) -> str:
     return f"Robust accuracy against eps: {clean} without an attack; in the worst case {points}."
 
 
-def _svg(summary: pd.DataFrame, layout: Layout, fonttype: str, salt: str) -> str:
+def _svg(summary: pd.DataFrame, distances: Nearest, layout: Layout, fonttype: str, salt: str) -> str:
     with matplotlib.rc_context({"svg.fonttype": fonttype, "svg.hashsalt": salt, "font.size": layout.font}):
         stream = io.StringIO()
-        _draw(summary, layout).savefig(stream, format="svg", transparent=True, metadata=_NO_METADATA)
+        _draw(summary, distances, layout).savefig(stream, format="svg", transparent=True, metadata=_NO_METADATA)
     return stream.getvalue()
 
 
-def _draw(summary: pd.DataFrame, layout: Layout) -> Figure:
+def _draw(summary: pd.DataFrame, distances: Nearest, layout: Layout) -> Figure:
     figure = Figure(figsize=(layout.width / 72, _height(summary, layout) / 72), layout="constrained")
     axes = figure.subplots()
     for attack, style in _styles(summary):
@@ -89,6 +98,11 @@ def _draw(summary: pd.DataFrame, layout: Layout) -> Figure:
         # Nothing is clipped: a marker at 0 % or 100 % is drawn whole, and no clip path needs a url().
         axes.fill_between(eps, low, high, color=style["color"], alpha=0.08, linewidth=0, clip_on=False)
         axes.plot(eps, accuracy, label=attack_label(attack), clip_on=False, **style)
+        if attack in distances:
+            axes.step(
+                *_steps(summary[summary.attack == attack], distances[attack]), where="post", color=style["color"],
+                linewidth=1,
+            )  # fmt: skip
     ticks = _ticks(sorted(summary.eps.unique()), layout.ticks)
     norm = str(summary.norm.iloc[0])
     axes.set(
@@ -149,6 +163,14 @@ def _points(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
     rows = rows.sort_values("eps")
     table = np.concatenate([start, rows[["eps", "robust_accuracy", "ci_low", "ci_high"]].to_numpy(float)])
     return table[:, 0], 100 * table[:, 1], 100 * table[:, 2], 100 * table[:, 3]
+
+
+def _steps(rows: pd.DataFrame, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(eps, accuracy) of the exact curve in percent, falling by one image at each distance up to the largest eps."""
+    clean, n, largest = float(rows.clean_accuracy.iloc[0]), int(rows.n.iloc[0]), float(rows.eps.max())
+    reached = distances[distances <= largest]
+    left = clean - np.arange(len(reached) + 1) / n
+    return np.concatenate([[0.0], reached, [largest]]), 100 * np.append(left, left[-1])
 
 
 def _ticks(eps: list[float], most: int) -> list[float]:

@@ -54,7 +54,8 @@ class Example:
         """The true size of the perturbation, in words."""
         eps = self.picture.eps if self.norm == "linf" else _LEVEL
         largest = format_distance(self.picture.distance_linf, "linf", eps)
-        return f"at most {largest} a pixel (linf), l2 {self.picture.distance_l2:.3g}"
+        own = f", {self.norm} {self.picture.distance:.3g}" if self.norm in ("l1", "l0") else ""
+        return f"at most {largest} a pixel (linf), l2 {self.picture.distance_l2:.3g}{own}"
 
     @property
     def perturbation(self) -> np.ndarray:

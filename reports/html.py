@@ -5,13 +5,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from reports.answer import answer, attack_label, headline, verdict
 from reports.breakdown import confusions, per_class
-from reports.curve import NARROW, WIDE, inline_svg
+from reports.curve import NARROW, WIDE, inline_svg, nearest
 from reports.files import write_text
 from reports.gallery import ROLES, Example, choose, data_uri, rule
 from reports.jsonreport import data_fingerprint
@@ -31,8 +32,8 @@ def write_html(store: Store, folder: Path) -> None:
     summary = summarize(samples, store.seconds())
     class_names = store.details.get("class_names")
     chosen = choose(store, samples, summary)
-    examples = [_example(example, class_names) for example in chosen]
-    template = _environment(class_names).get_template("report.html.j2")
+    examples = [view(example, class_names) for example in chosen]
+    template = environment(class_names).get_template("report.html.j2")
     context = _context(store, samples, summary)
     for count in range(len(examples), -1, -1):
         shown = sorted(examples[:count], key=lambda example: list(ROLES).index(example["role"]))
@@ -42,14 +43,15 @@ def write_html(store: Store, folder: Path) -> None:
     write_text(folder / "report.html", text)
 
 
-def _environment(class_names: Sequence[str] | None) -> Environment:
-    environment = Environment(
+def environment(class_names: Sequence[str] | None) -> Environment:
+    """Jinja with this package's templates: what it fills in is escaped, and said as `robust.units` says it."""
+    made = Environment(
         loader=PackageLoader("reports"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    made.filters |= {
         "percent": units.format_percent,
         "eps": units.format_eps,
         "count": units.format_count,
@@ -61,8 +63,8 @@ def _environment(class_names: Sequence[str] | None) -> Environment:
         # A number and its percent sign stay on one line.
         "nobreak": lambda text: str(text).replace(" %", "\u00a0%"),
     }
-    environment.globals |= {"interval": units.format_interval, "distance": units.format_distance}
-    return environment
+    made.globals |= {"interval": units.format_interval, "distance": units.format_distance}
+    return made
 
 
 def _context(store: Store, samples: pd.DataFrame, summary: pd.DataFrame) -> dict[str, Any]:
@@ -73,6 +75,7 @@ def _context(store: Store, samples: pd.DataFrame, summary: pd.DataFrame) -> dict
     confused = confusions(samples, row.eps)
     attacks = list(_by_attack(summary))
     skipped = details.get("skipped_images") or 0
+    distances = nearest(store)
     return {
         "answer": answer(store, summary),
         "level": level,
@@ -84,7 +87,8 @@ def _context(store: Store, samples: pd.DataFrame, summary: pd.DataFrame) -> dict
         "skipped": skipped if isinstance(skipped, int) else len(skipped),
         "row": row,
         "clean": {"correct": correct, "interval": wilson(correct, int(row.n))},
-        "curves": [Markup(inline_svg(summary, WIDE, "wide")), Markup(inline_svg(summary, NARROW, "narrow"))],
+        "curves": [Markup(inline_svg(summary, distances, *kind)) for kind in ((WIDE, "wide"), (NARROW, "narrow"))],
+        "nearest": [_least(attack, found, correct) for attack, found in distances.items()],
         "attacks": attacks,
         "control": next((rows[-1] for attack, rows in attacks if attack == CONTROL), None),
         "rule": rule(samples, summary),
@@ -92,7 +96,7 @@ def _context(store: Store, samples: pd.DataFrame, summary: pd.DataFrame) -> dict
         "confusions": confused.head(CONFUSIONS_SHOWN).to_dict("records"),
         "confusions_hidden": max(0, len(confused) - CONFUSIONS_SHOWN),
         "findings": sorted(findings, key=lambda finding: ("fail", "warn", "pass").index(finding.level)),
-        "efforts": list(_efforts(summary, details.get("attacks") or [])),
+        "efforts": list(_efforts(store, summary)),
         "twin": store.twin_disagreements(),
     }
 
@@ -105,9 +109,15 @@ def _by_attack(summary: pd.DataFrame) -> Iterator[tuple[str, list[dict[str, Any]
         yield attack, [{**row, "robust": round(row["robust_accuracy"] * row["n"])} for row in rows]
 
 
-def _efforts(summary: pd.DataFrame, described: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _least(attack: str, distances: np.ndarray, correct: int) -> dict[str, Any]:
+    """The median of the least distances over the images classified correctly, those not broken at all above any."""
+    ordered = np.append(distances, np.full(correct - len(distances), np.inf))
+    return {"attack": attack, "found": len(distances), "correct": correct, "median": float(np.median(ordered))}
+
+
+def _efforts(store: Store, summary: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """What each attack is, and what it cost."""
-    known = {attack["name"]: attack for attack in described}
+    known = {attack["name"]: attack for attack in store.details.get("attacks") or []}
     for attack, rows in summary[summary.attack != WORST_CASE].groupby("attack", sort=False):
         seconds, n = float(rows.seconds.sum()), int(rows.n.iloc[0])
         yield {
@@ -118,6 +128,7 @@ def _efforts(summary: pd.DataFrame, described: Sequence[dict[str, Any]]) -> Iter
             "name": attack,
             "forwards": int(rows.forwards.sum()),
             "gradients": int(rows.gradients.sum()),
+            "broken": store.components(str(attack)),
             "seconds": seconds,
             "speed": f"{n / seconds:,.3g}" if seconds else "–",
         }
@@ -138,7 +149,8 @@ def _time(text: str) -> str:
         return text
 
 
-def _example(example: Example, class_names: Sequence[str] | None) -> dict[str, Any]:
+def view(example: Example, class_names: Sequence[str] | None) -> dict[str, Any]:
+    """What the template draws of an example."""
     picture, clean = example.picture, example.clean
     width = picture.x.shape[-1]
     zoom = max(1, 128 // width) if width < SMALL else 1

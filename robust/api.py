@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from attacks import Ensemble
 from reports import write_reports
 from reports.answer import answer
 from robust import __version__
@@ -26,7 +27,7 @@ from robust.models import load_model
 from robust.models.model import Model, fingerprint
 from robust.models.prepare import frozen
 from robust.models.probe import count_classes
-from robust.options import DEFAULT_ATTACKS, Options, parse_eps, parse_names
+from robust.options import Options, default_attacks, parse_eps, parse_names
 from robust.store import FILENAME, Finding, Store, differences, holds_run
 
 
@@ -67,7 +68,7 @@ class Run:
 def run(
     model: nn.Module | Model | str,
     data: Iterable[Any] | str = "samples",
-    attacks: Sequence[str] | str = DEFAULT_ATTACKS,
+    attacks: Sequence[str] | str | None = None,
     norm: str = "linf",
     eps: float | str | Sequence[float] | None = None,
     steps: int | None = None,
@@ -75,6 +76,9 @@ def run(
     step_size: float | None = None,
     restarts: int = 1,
     random_start: bool | None = None,
+    queries: int | None = None,
+    eot: int | None = None,
+    surrogate: nn.Module | Model | str | None = None,
     target: str | int | None = None,
     batch_size: int = 64,
     limit: int | None = None,
@@ -90,12 +94,16 @@ def run(
     model: any nn.Module from pixels (N, C, H, W) in [0, 1] to logits (N, K), its normalisation inside; or a
         spec as on the command line, such as "resnet50". It is evaluated in eval mode and left as it was.
     data: any iterable of (x, y), batches or single samples, x float32 in [0, 1]; or a spec such as "samples".
-    attacks: names out of `attacks.names()`, each once; or one such name.
-    norm: "linf" or "l2".
+    attacks: names out of `attacks.names()`, each once; or one such name. None for a few that suit the norm.
+    norm: "linf", "l2", "l1", or "l0", which counts the values that change.
     eps: radii in pixel units, such as 8 / 255 or "8/255"; one or several, which cost little more than one.
         None for some that suit the images.
     steps, step_size, random_start: of iterative attacks; None for the attack's own. step_size is a fraction of
         eps.
+    queries: of attacks without gradients; None for the attack's own.
+    eot: evaluations of every point, for a randomised model: its verdict is their vote, its gradient their mean.
+        None for one, and for the twenty of autoattack-rand.
+    surrogate: the network that attack "transfer" crafts on; a module, or a spec.
     restarts: runs from different random starts, on the samples still standing.
     target: a class name or index to reach, instead of any wrong class; its own samples are left out.
     batch_size: rows evaluated at once, at most.
@@ -107,13 +115,16 @@ def run(
     Raises InputError, whose message is one line, for anything wrong with the arguments.
     """
     options = Options(
-        attacks=parse_names([attacks] if isinstance(attacks, str) else attacks),
+        attacks=default_attacks(norm) if attacks is None else parse_names(_listed(attacks)),
         norm=norm,
         eps=_radii(eps),
         steps=steps,
         step_size=step_size,
         restarts=restarts,
         random_start=random_start,
+        queries=queries,
+        eot=eot,
+        surrogate=_name_of(surrogate),
         target=None if target is None else str(target),
         batch_size=batch_size,
         limit=limit,
@@ -138,7 +149,13 @@ def run(
     if isinstance(model, nn.Module):
         first, dataset = _peek(dataset)
         model = _wrap(model, first, class_names)
-    done = execute(model, dataset, options, Path(output) if output else None, resume)
+    if isinstance(surrogate, nn.Module):
+        first, dataset = _peek(dataset)
+        _check_reads(surrogate, type(surrogate).__name__, first)
+        surrogate = _wrap(surrogate, first, None)
+    elif isinstance(surrogate, str):
+        surrogate = load_model(surrogate)
+    done = execute(model, dataset, options, Path(output) if output else None, resume, surrogate=surrogate)
     if output is not None:
         write_reports(done.store, Path(output))
     return done
@@ -152,6 +169,7 @@ def execute(
     resume: bool = False,
     command: str | None = None,
     listener: Listener = lambda attack, n, robust: None,
+    surrogate: Model | None = None,
 ) -> Run:
     """Evaluate into a new run at `output` (None: in memory), or continue the one there with `resume`.
 
@@ -160,7 +178,9 @@ def execute(
     first, data = _peek(data)
     options = options.suited_to(first.x.shape, str(pick_device(options.device)))
     class_names = model.class_names or data.class_names
-    planned = plan(options, model, class_names)
+    if surrogate is not None:
+        _check_reads(surrogate.module, surrogate.name, first)
+    planned = plan(options, model, class_names, surrogate)
     identity = {
         "model": {
             "name": model.name,
@@ -169,6 +189,7 @@ def execute(
             "num_classes": model.num_classes,
             "input_size": list(first.x.shape),
         },
+        **({} if surrogate is None else {"surrogate": {"name": surrogate.name, "fingerprint": surrogate.fingerprint}}),
         "data": {"name": data.name, "size": data.size},
         "options": options.as_dict(),
     }
@@ -247,6 +268,29 @@ def _wrap(module: nn.Module, first: Sample, class_names: Sequence[str] | None) -
     )
 
 
+def _check_reads(surrogate: nn.Module, name: str, first: Sample) -> None:
+    """InputError where the surrogate cannot read the model's images."""
+    try:
+        with frozen(surrogate):
+            channels, height, width = first.x.shape
+            count_classes(surrogate, (channels, height, width))
+    except InputError:
+        size = " x ".join(map(str, first.x.shape))
+        raise InputError(
+            f"the surrogate {name} cannot read the model's images of {size}; name one of the same input size"
+        ) from None
+
+
+def _listed(names: Sequence[str] | str) -> Sequence[str]:
+    return [names] if isinstance(names, str) else names
+
+
+def _name_of(model: nn.Module | Model | str | None) -> str | None:
+    if model is None or isinstance(model, str):
+        return model
+    return model.name if isinstance(model, Model) else type(model).__name__
+
+
 def _radii(eps: float | str | Sequence[float] | None) -> tuple[float, ...]:
     if eps is None:
         return ()
@@ -261,7 +305,16 @@ def _device_of(model: nn.Module | Model) -> str:
 
 
 def _describe(attack: Any) -> dict[str, Any]:
-    parameters = dict(vars(attack))
+    if isinstance(attack, Ensemble):
+        return {
+            "name": attack.name,
+            "description": f"{', then '.join(stage.name for stage in attack.stages)}, each on what still stands",
+            "source": attack.source,
+            "parameters": {"draws": attack.draws} if attack.draws > 1 else {},
+            "left_out": list(attack.left_out),
+            "components": [_describe(stage) for stage in attack.stages],
+        }
+    parameters = {key: value for key, value in vars(attack).items() if not isinstance(value, nn.Module)}
     name = parameters.pop("name", None) or attack.name
     described = (type(attack).__doc__ or "").split("\n")[0].replace("`", "")
     return {"name": name, "description": described, "source": attack.source, "parameters": parameters}

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from robust.models.model import Model
 
 CONTROL = "noise"
+ITERATIVE = ("autoattack-rand", "apgd-ce", "apgd-dlr", "apgd-t", "ddn", "fab-t", "fmn", "pgd", "sigma-zero")
+GRADIENT_FREE = ("square", "pixel", "transfer", CONTROL)
 FEW_SAMPLES = 100
 FEW_STEPS = 10
 
@@ -36,8 +38,11 @@ def has_input_gradient(model: Model, x: Tensor) -> bool:
         return bool(model.module(x[:1].detach().clone().requires_grad_()).requires_grad)
 
 
-def preflight(model: Model, x: Tensor, logits: Tensor) -> Iterator[Finding]:
-    """Findings on the model itself, on a few images x (N, C, H, W) and what it says of them, (N, K)."""
+def preflight(model: Model, x: Tensor, logits: Tensor, draws: int = 1) -> Iterator[Finding]:
+    """Findings on the model itself, on a few images x (N, C, H, W) and what it says of them, (N, K).
+
+    draws: of which a randomised model's verdicts are the vote.
+    """
     import torch
 
     module = model.module
@@ -54,10 +59,12 @@ def preflight(model: Model, x: Tensor, logits: Tensor) -> Iterator[Finding]:
     spread = float((logits - again).abs().max()) / scale
     yield _check(
         "deterministic",
-        spread < 1e-5,
-        "two passes over the same images agree",
+        spread < 1e-5 or draws > 1,
+        "two passes over the same images agree"
+        if spread < 1e-5
+        else f"the model is randomised; gradients and verdicts are those of {draws} draws",
         f"two passes over the same images differ by {spread:.1e} of the largest logit: the model is randomised, "
-        "and verdicts from single draws overstate the attack",
+        "and verdicts from single draws overstate the attack; use --eot 20",
     )
     apart = float((logits[:1] - alone).abs().max()) / scale
     yield _check(
@@ -132,6 +139,19 @@ def review(store: Store) -> Iterator[Finding]:
         f"only {n} images: the 95 % interval is up to {width:.0f} points wide",
     )
     yield _strength(identity["options"], set(summary.attack) - {WORST_CASE})
+    for attack in details.get("attacks", []):
+        for reason in attack.get("left_out", []):
+            yield Finding(f"parts of {attack['name']}", "warn", f"{reason}; this is not the whole standard ensemble")
+    if broken := store.components("autoattack"):
+        # The flag of fra31/auto-attack's own checks.py.
+        found = broken.get("square", 0)
+        yield _check(
+            "gradients inside autoattack",
+            found <= max(1, 0.002 * n),
+            "Square, which uses no gradient, found next to nothing that the gradient attacks had left",
+            f"Square, which uses no gradient, broke {found} images that the gradient attacks had left: their "
+            "gradients may be masked (arXiv 1802.00420)",
+        )
     yield from _comparisons(summary)
     refuted, overlooked = store.twin_disagreements()
     yield Finding(
@@ -144,22 +164,24 @@ def review(store: Store) -> Iterator[Finding]:
 
 
 def _strength(options: dict, attacks: set[str]) -> Finding:
-    steps = options.get("steps") or 40
-    others = sorted(attacks - {CONTROL, "fgsm"})
+    name, steps = "attack strength", options.get("steps")
+    others = sorted(attacks - {"fgsm", "mi-fgsm", *GRADIENT_FREE})
+    if "autoattack" in others:
+        return Finding(name, "pass", "autoattack is the field's standard ensemble")
     if not others:
-        return Finding("attack strength", "warn", "no iterative attack ran: an upper bound only; add --attack pgd")
-    if "pgd" not in others:
-        return Finding("attack strength", "warn", f"how strong {', '.join(others)} is, is not known; add --attack pgd")
-    if steps < FEW_STEPS:
-        return Finding("attack strength", "warn", f"{steps} steps are few; robust accuracy at 40 is likely lower")
-    return Finding("attack strength", "pass", f"pgd searched beyond the first step, for {steps}")
+        return Finding(name, "warn", "no iterative gradient attack ran: an upper bound only; add --attack pgd")
+    if known := [attack for attack in others if attack in ITERATIVE]:
+        if steps is not None and steps < FEW_STEPS:
+            return Finding(name, "warn", f"{steps} steps are few; robust accuracy at 40 is likely lower")
+        return Finding(name, "pass", f"{', '.join(known)} searched beyond the first step")
+    return Finding(name, "warn", f"how strong {', '.join(others)} is, is not known; add --attack pgd")
 
 
 def _comparisons(summary: pd.DataFrame) -> Iterator[Finding]:
     table = summary.pivot(index="eps", columns="attack", values="robust_accuracy")
     n = int(summary.n.iloc[0])
     one = max(1.5 / n, 0.005)  # a difference of one image, or of half a point, is no evidence
-    gradient = [name for name in table.columns if name not in (CONTROL, WORST_CASE)]
+    gradient = [name for name in table.columns if name not in (*GRADIENT_FREE, WORST_CASE)]
     if CONTROL in table and gradient:
         beaten = (table[gradient].min(axis=1) - table[CONTROL]).max()
         yield _check(
@@ -170,6 +192,16 @@ def _comparisons(summary: pd.DataFrame) -> Iterator[Finding]:
             "broken (arXiv 1802.00420)",
             level="fail",
         )
+    for name in ("square", "pixel", "transfer"):
+        if name in table and gradient:
+            beaten = (table[gradient].min(axis=1) - table[name]).max()
+            yield _check(
+                f"{name} against gradients",
+                beaten < one,
+                f"{name}, which does not use the model's gradients, breaks no more than the attacks that do",
+                f"{name}, which does not use the model's gradients, breaks {beaten:.1%} more images than the attacks "
+                "that do: their gradients are masked, or they were given few steps (arXiv 1902.06705)",
+            )
     if "fgsm" in table and "pgd" in table:
         behind = (table["pgd"] - table["fgsm"]).max()
         yield _check(

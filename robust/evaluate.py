@@ -13,7 +13,7 @@ from rich.console import Console
 
 from robust import cli
 from robust.errors import InputError
-from robust.options import DEFAULT_ATTACKS, Options, parse_eps, parse_names, parse_number
+from robust.options import Options, default_attacks, parse_eps, parse_names, parse_number
 
 _MODEL, _DATA, _ATTACK, _RUN = "Model", "Data", "Attack", "Run"
 
@@ -59,12 +59,14 @@ def evaluate(
     attack: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"{', '.join(DEFAULT_ATTACKS)} (the default: all three), or any of foolbox's as "
-            "[bold]foolbox:CLASS[/]. Repeat it, or separate by commas.",
+            help="Any of --list-attacks, such as autoattack; repeat it, or separate by commas. Default: fgsm, pgd "
+            "and the control noise (in l1 and l0, others that suit).",
             rich_help_panel=_ATTACK,
         ),
     ] = None,
-    norm: Annotated[str, typer.Option(help="linf or l2.", rich_help_panel=_ATTACK)] = "linf",
+    norm: Annotated[
+        str, typer.Option(help="linf, l2, l1, or l0, which counts values.", rich_help_panel=_ATTACK)
+    ] = "linf",
     eps: Annotated[
         str | None,
         typer.Option(
@@ -90,6 +92,21 @@ def evaluate(
             help="Begin at a random point of the ball, or at the image. Default: the attack's own, random for pgd.",
             rich_help_panel=_ATTACK,
         ),
+    ] = None,
+    queries: Annotated[
+        int | None,
+        typer.Option(help="Points that attacks without gradients may try. Default: 5000.", rich_help_panel=_ATTACK),
+    ] = None,
+    eot: Annotated[
+        int | None,
+        typer.Option(
+            help="For a randomised model: evaluate every point N times, take their vote and mean gradient.",
+            rich_help_panel=_ATTACK,
+        ),
+    ] = None,
+    surrogate: Annotated[
+        str | None,
+        typer.Option(help="The network, named like --model, that attack transfer crafts on.", rich_help_panel=_ATTACK),
     ] = None,
     target: Annotated[
         str | None,
@@ -128,13 +145,16 @@ def evaluate(
         _print_names(list_models)
         return 0
     options = Options(
-        attacks=parse_names(attack or DEFAULT_ATTACKS),
+        attacks=parse_names(attack) if attack else default_attacks(norm),
         norm=norm,
         eps=() if eps is None else parse_eps(eps),
         steps=steps,
         step_size=None if step_size is None else parse_number(step_size, "step_size"),
         restarts=restarts,
         random_start=random_start,
+        queries=queries,
+        eot=eot,
+        surrogate=surrogate,
         target=target,
         batch_size=batch_size,
         limit=limit,
@@ -162,12 +182,13 @@ def evaluate(
     dataset = load_data(
         data, loaded, limit=limit, seed=seed, label=label, data_root=data_root, skip_bad_images=skip_bad_images
     )
+    crafted_on = None if surrogate is None else load_model(surrogate)
     console = Console()
     command = shlex.join(["python", "-m", "robust.evaluate", *_without_output(sys.argv[1:])])
     total = None if dataset.size is None else dataset.size * len(options.attacks)
     try:
         with Meter(console, total, quiet) as meter:
-            run = execute(loaded, dataset, options, output, resume, command, meter)
+            run = execute(loaded, dataset, options, output, resume, command, meter, crafted_on)
         write_reports(run.store, output)
     except KeyboardInterrupt:
         go_on = f"{command} --output {shlex.quote(str(output))} --resume"
@@ -203,9 +224,25 @@ def _print_names(models: bool) -> None:
         for source, names in list_models().items():
             print(f"{source}:", *names, sep="\n  ")
     else:
-        import attacks
+        _print_attacks()
 
-        print(*attacks.names(), sep="\n")
+
+def _print_attacks() -> None:
+    """The attacks with their norms, kind, cost and source; foolbox's by name only."""
+    import attacks
+
+    rows = [("name", "norms", "kind", "cost", "source")]
+    rows += [
+        (name, " ".join(kind.norms), kind.kind(), kind.cost(), kind.source) for name, kind in attacks.ATTACKS.items()
+    ]
+    for name, standard in attacks.ENSEMBLES.items():
+        ensemble = standard("linf", 10)
+        parts = " + ".join(stage.name for stage in ensemble.stages)
+        rows.append((name, "linf l2 l1", "ensemble", parts, ensemble.source))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        print(*(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)), sep="  ")
+    print(*(name for name in attacks.names() if name not in {row[0] for row in rows}), sep="\n")
 
 
 def _slug(model: str) -> str:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import attacks
-from attacks.engine import padded
+from attacks.engine import padded, vote
 from attacks.noise import sample_key
 from attacks.norms import NORMS, per_slot
 from robust.data.labels import label_of
@@ -39,8 +40,6 @@ HALF_ULP = 2**-25
 
 PREFLIGHT_IMAGES = 8
 
-AnyAttack = attacks.Attack | attacks.FoolboxAttack
-
 
 class Listener(Protocol):
     """Is told of samples as they are done: n of them, of which `robust` stand at the largest eps."""
@@ -52,14 +51,20 @@ class Listener(Protocol):
 class Plan:
     """The attacks of a run, ready to go."""
 
-    attacks: tuple[AnyAttack, ...]
+    attacks: tuple[attacks.AnyAttack, ...]
     target: int | None  # class index
     device: torch.device
 
 
-def plan(options: Options, model: Model, class_names: Sequence[str] | None) -> Plan:
+def plan(options: Options, model: Model, class_names: Sequence[str] | None, surrogate: Model | None = None) -> Plan:
     """Options made concrete for the model; InputError for names that it or this project does not know."""
     made = []
+    device = pick_device(options.device)
+    if surrogate is not None and surrogate.num_classes != model.num_classes:
+        raise InputError(
+            f"the surrogate {surrogate.name} has {surrogate.num_classes} classes and the model {model.num_classes}; "
+            "name one trained on the same classes"
+        )
     for name in options.attacks:
         try:
             made.append(
@@ -67,10 +72,13 @@ def plan(options: Options, model: Model, class_names: Sequence[str] | None) -> P
                     name,
                     options.norm,
                     options.target is not None,
+                    model.num_classes,
                     steps=options.steps,
                     step_size=options.step_size,
                     restarts=options.restarts,
                     random_start=options.random_start,
+                    queries=options.queries,
+                    surrogate=None if surrogate is None else surrogate.module.to(device).eval().requires_grad_(False),
                 )
             )
         except KeyError:
@@ -79,7 +87,7 @@ def plan(options: Options, model: Model, class_names: Sequence[str] | None) -> P
             raise InputError(str(error)) from None
     named = replace(model, class_names=tuple(class_names) if class_names else None)
     target = None if options.target is None else label_of(options.target, named, "target")
-    return Plan(tuple(made), target, pick_device(options.device))
+    return Plan(tuple(made), target, device)
 
 
 def pick_device(name: str) -> torch.device:
@@ -108,7 +116,7 @@ def evaluate(
     """
     failed: dict[str, str] = {}
     left_out: list[str] = []
-    with _on(model.module, plan.device), frozen(model.module), _deterministic():
+    with _on(model.module, plan.device), frozen(model.module), _deterministic(), _own_randomness(plan.device):
         job: _Job | None = None
         end = 0
         samples = _attackable(data, plan.target, left_out)
@@ -155,11 +163,7 @@ class _Verified:
     fooled_8bit: tuple[bool, ...]  # for each eps: whether a version of it in 8 bits a channel does
     pred: int
     confidence: float
-    distance_linf: float
-    distance_l2: float
-
-    def distance(self, norm: str) -> float:
-        return self.distance_linf if norm == "linf" else self.distance_l2
+    distances: Mapping[str, float]  # by norm
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,7 @@ class _Job:
         few = x[:PREFLIGHT_IMAGES]
         channels, height, width = few.shape[1:]
         count_classes(model.module, (channels, height, width))  # says what is wrong with a module that fails
-        findings = preflight(model, few, _logits(model.module, few, model.num_classes))
+        findings = preflight(model, few, _logits(model.module, few, model.num_classes), options.draws)
         if not has_input_gradient(model, few) and any(needs_gradient(attack) for attack in plan.attacks):
             raise InputError(
                 "the model passes no gradient back to its input: take no_grad and detach out of its forward, "
@@ -210,6 +214,7 @@ class _Job:
                 raise InputError(
                     f"label {sample.y} of {sample.id} is none of the model's {self.model.num_classes} classes"
                 )
+        self._seed(start, "clean")
         pred, confidence = self._predict(x)
         rows = [
             Clean(start + k, sample.id, sample.sha256, sample.y, int(pred[k]), float(confidence[k]))
@@ -219,12 +224,13 @@ class _Job:
         return rows
 
     def attack_window(
-        self, attack: AnyAttack, start: int, clean: Sequence[Clean], x: Tensor, listener: Listener
+        self, attack: attacks.AnyAttack, start: int, clean: Sequence[Clean], x: Tensor, listener: Listener
     ) -> None:
         """Attack the samples that the model gets right, verify every claim, and store the unit."""
         if self.store.done(start, attack.name):
             listener(attack.name, len(clean), self.store.standing(start, len(clean), attack.name))
             return
+        self._seed(start, attack.name)
         began = time.perf_counter()
         right = [row for row in clean if row.clean_pred == row.label]
         listener(attack.name, len(clean) - len(right), 0)
@@ -239,8 +245,8 @@ class _Job:
         }
         claims = self._run(self.twin, attack, list(tasks.values()), listener)
         verified = self._verify(attack, claims, tasks)
-        refuted = [v.outcome for v in verified if v.outcome.rung is not None and not v.fooled]
-        overlooked = sum(v.outcome.rung is None and v.fooled for v in verified)
+        refuted = [v.outcome for v in verified if v.outcome.found and not v.fooled]
+        overlooked = sum(not v.outcome.found and v.fooled for v in verified)
         if refuted:
             again = self._run(self.model.module, attack, [tasks[claim.position] for claim in refuted])
             counted = [_with_counts(new, old) for new, old in zip(again, refuted, strict=True)]
@@ -264,8 +270,14 @@ class _Job:
             adversarials=[
                 (v.outcome.position, tasks[v.outcome.position].x.cpu().numpy(), v.x_adv.cpu().numpy())
                 for v in verified
-                if v.fooled and self.options.save_adversarials
+                if self._broken(v) and self.options.save_adversarials
             ],
+            nearest=[
+                (v.outcome.position, v.distances[self.options.norm])
+                for v in verified
+                if v.fooled and isinstance(attack, attacks.Attack) and attack.budget == "minimal"
+            ],
+            components=_components(attack, [v for v in verified if self._broken(v)]),
             refuted=len(refuted),
             overlooked=overlooked,
         )
@@ -273,22 +285,23 @@ class _Job:
     def _run(
         self,
         module: nn.Module,
-        attack: AnyAttack,
+        attack: attacks.AnyAttack,
         tasks: Sequence[attacks.Task],
         listener: Listener | None = None,
     ) -> list[attacks.Outcome]:
         """The outcomes in the order of the tasks, so that what follows does not depend on who broke first."""
         outcomes = {}
         for outcome in attacks.run(
-            module, attack, tasks, self.options.eps, slots=self.options.batch_size, seed=self.options.seed
-        ):
+            module, attack, tasks, self.options.eps,
+            slots=self.options.batch_size, seed=self.options.seed, draws=self.options.draws,
+        ):  # fmt: skip
             outcomes[outcome.position] = outcome
             if listener is not None:
                 listener(attack.name, 1, int(outcome.rung is None))
         return [outcomes[task.position] for task in tasks]
 
     def _verify(
-        self, attack: AnyAttack, claims: Sequence[attacks.Outcome], tasks: Mapping[int, attacks.Task]
+        self, attack: attacks.AnyAttack, claims: Sequence[attacks.Outcome], tasks: Mapping[int, attacks.Task]
     ) -> list[_Verified]:
         """Every claim and every last point of a sample that stood, judged afresh by the model itself."""
         if not claims:
@@ -297,11 +310,11 @@ class _Job:
         y = torch.tensor([tasks[claim.position].y for claim in claims], device=x.device)
         x_adv = torch.stack([claim.x_adv for claim in claims])
         pred, confidence = self._predict(x_adv)
-        delta = (x_adv.double() - x.double()).flatten(1)
-        linf, l2 = delta.abs().amax(1), delta.norm(dim=1)
-        distance = linf if self.options.norm == "linf" else l2
+        delta = x_adv.double() - x.double()
+        distances = {norm: ball.distance(delta) for norm, ball in NORMS.items()}
+        distance = distances[self.options.norm]
         in_box = (x_adv.flatten(1).amin(1) >= 0) & (x_adv.flatten(1).amax(1) <= 1)
-        limit = torch.tensor([self.options.eps[-1 if c.rung is None else c.rung] for c in claims]).to(distance)
+        limit = torch.tensor([self._limit(claim) for claim in claims], device=x.device, dtype=distance.dtype)
         inside = in_box & self._within(distance, limit)
         if not bool(inside.all()):
             worst = int((~inside).nonzero()[0])
@@ -314,13 +327,20 @@ class _Job:
             raise RuntimeError(f"{message}; this is a bug")
         fooled = self._fools(pred, y) & inside
         fooled_8bit = self._survive_8bit(x, y, x_adv, distance, fooled)
+        sizes = {norm: values.tolist() for norm, values in distances.items()}
         return [
             _Verified(
-                claim, x_adv[k], bool(fooled[k]), tuple(fooled_8bit[k].tolist()), int(pred[k]),
-                float(confidence[k]), float(linf[k]), float(l2[k]),
+                claim, x_adv[k], bool(fooled[k]), tuple(fooled_8bit[k].tolist()), int(pred[k]), float(confidence[k]),
+                {norm: values[k] for norm, values in sizes.items()},
             )
             for k, claim in enumerate(claims)
         ]  # fmt: skip
+
+    def _limit(self, claim: attacks.Outcome) -> float:
+        """How far from x the claim may lie; the nearest adversarial that there is, anywhere."""
+        if claim.rung is None:
+            return math.inf if claim.found else self.options.eps[-1]
+        return self.options.eps[claim.rung]
 
     def _survive_8bit(self, x: Tensor, y: Tensor, x_adv: Tensor, distance: Tensor, fooled: Tensor) -> Tensor:
         """(N, len(eps)) bool: whether an 8-bit image within eps, made from the adversarial, fools the model.
@@ -338,13 +358,18 @@ class _Job:
             if len(rows) == 0:
                 continue
             there = rows.to(x.device)
-            scale = torch.tensor([radius / eps[int(first[row])] for row in rows], device=x.device)
+            # A larger eps in l0 is not more of each change.
+            grows = self.options.norm != "l0"
+            scale = torch.tensor([radius / eps[int(first[row])] if grows else 1.0 for row in rows], device=x.device)
             scaled = x[there] + per_slot(scale, x) * (x_adv[there] - x[there])
             rounded = round_to_8bit(x[there], scaled.clamp_(0, 1), radius, self.options.norm)
             pred, _ = self._predict(rounded)
             inside = self._within(NORMS[self.options.norm].distance(rounded - x[there]), radius)
             survives[rows, k] = (self._fools(pred, y[there]) & inside).cpu()
         return survives
+
+    def _broken(self, verified: _Verified) -> bool:
+        return verified.fooled and self._within(verified.distances[self.options.norm], self.options.eps[-1])
 
     def _within(self, distance: Any, eps: Any) -> Any:
         return within(distance, eps, self.options.norm, self.pixels)
@@ -354,15 +379,24 @@ class _Job:
 
     def _predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N,) predictions of the model itself and their softmax confidences."""
+        draws = [self._ask(x) for _ in range(self.options.draws)]
+        # Confidences may tie at 1.0 in float32 where logits do not.
+        pred = vote(draws)
+        return pred, torch.stack([logits.softmax(1) for logits in draws]).mean(0).gather(1, pred[:, None]).squeeze(1)
+
+    def _ask(self, x: Tensor) -> Tensor:
         module, rows = self.model.module, self.options.batch_size
         parts = [_logits(module, padded(part, rows), self.model.num_classes)[: len(part)] for part in x.split(rows)]
-        logits = torch.cat(parts)
-        # Confidences may tie at 1.0 in float32 where logits do not.
-        return logits.argmax(1), logits.softmax(1).amax(1)
+        return torch.cat(parts)
+
+    def _seed(self, start: int, what: str) -> None:
+        """Give a random model the same draws in this unit, whatever came before it."""
+        digest = hashlib.sha256(f"{self.options.seed} {start} {what}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "little"))
 
     def _results(self, row: Clean, attack: str, verified: _Verified | None) -> Iterator[Result]:
         for k, eps in enumerate(self.options.eps):
-            reached = verified is not None and self._within(verified.distance(self.options.norm), eps)
+            reached = verified is not None and self._within(verified.distances[self.options.norm], eps)
             found = verified if reached and verified and verified.fooled else None
             yield Result(
                 position=row.position,
@@ -372,8 +406,10 @@ class _Job:
                 success_8bit=verified is not None and verified.fooled_8bit[k],
                 adv_pred=found.pred if found else None,
                 adv_confidence=found.confidence if found else None,
-                distance_linf=found.distance_linf if found else None,
-                distance_l2=found.distance_l2 if found else None,
+                distance_linf=found.distances["linf"] if found else None,
+                distance_l2=found.distances["l2"] if found else None,
+                distance_l1=found.distances["l1"] if found else None,
+                distance_l0=found.distances["l0"] if found else None,
                 forwards=verified.outcome.forwards[k] if verified else 0,
                 gradients=verified.outcome.gradients[k] if verified else 0,
                 restart=found.outcome.restart if found else None,
@@ -381,24 +417,25 @@ class _Job:
 
     def _pictures(self, row: Clean, attack: str, verified: _Verified, x: Tensor) -> Iterator[Picture]:
         chance = sample_key(row.sample_id) / 2**64  # a rank drawn for the sample, whatever its company
-        roles = (
-            {"smallest": verified.distance_l2, "typical": chance, "confident": -verified.confidence}
-            if verified.fooled
-            else {"withstood": chance}
-        )
-        eps = self.options.eps
-        distance = verified.distance(self.options.norm)
+        eps, distance = self.options.eps, verified.distances[self.options.norm]
+        broken = self._broken(verified)
+        if broken:
+            roles = {"smallest": verified.distances["l2"], "typical": chance, "confident": -verified.confidence}
+        else:
+            # One that broke beyond every eps shows neither a success nor an image that withstands.
+            roles = {} if verified.fooled else {"withstood": chance}
         for role, rank in roles.items():
             yield Picture(
                 role=role,
                 rank=rank,
                 position=row.position,
                 attack=attack,
-                eps=next((e for e in eps if self._within(distance, e)), eps[-1]) if verified.fooled else eps[-1],
+                eps=next((e for e in eps if self._within(distance, e)), eps[-1]) if broken else eps[-1],
                 adv_pred=verified.pred,
                 adv_confidence=verified.confidence,
-                distance_linf=verified.distance_linf,
-                distance_l2=verified.distance_l2,
+                distance=distance,
+                distance_linf=verified.distances["linf"],
+                distance_l2=verified.distances["l2"],
                 x=x.cpu().numpy(),
                 x_adv=verified.x_adv.cpu().numpy(),
             )
@@ -406,13 +443,17 @@ class _Job:
 
 def within(distance: Any, eps: Any, norm: str, pixels: int) -> Any:
     """Whether distances of images of that many values lie inside eps, up to rounding; numbers or tensors."""
-    rounding = HALF_ULP * (math.sqrt(pixels) if norm == "l2" else 1)
+    if norm == "l0":
+        return distance <= eps
+    rounding = HALF_ULP * {"linf": 1, "l2": math.sqrt(pixels), "l1": pixels}[norm]
     return distance <= eps * (1 + TOLERANCE) + TOLERANCE + rounding
 
 
-def needs_gradient(attack: AnyAttack) -> bool:
-    """Whether an attack cannot do without; foolbox's do not say."""
-    return isinstance(attack, attacks.Attack) and attack.needs_grad
+def needs_gradient(attack: attacks.AnyAttack) -> bool:
+    """Whether an attack cannot do without the model's; foolbox's do not say."""
+    if isinstance(attack, attacks.Ensemble):
+        return any(map(needs_gradient, attack.stages))
+    return isinstance(attack, attacks.Attack) and attack.needs_grad and attack.name != "transfer"
 
 
 def round_to_8bit(x: Tensor, x_adv: Tensor, eps: float, norm: str) -> Tensor:
@@ -496,6 +537,21 @@ def _on(module: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         module.to(before)
+
+
+def _components(attack: attacks.AnyAttack, broken: Sequence[_Verified]) -> dict[str, int]:
+    """How many of the samples that an ensemble broke each of its parts did."""
+    if not isinstance(attack, attacks.Ensemble):
+        return {}
+    counts = Counter(v.outcome.component for v in broken)
+    return {stage.name: counts[stage.name] for stage in attack.stages}
+
+
+@contextlib.contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """Torch's global generators put back as they were; a model that is random draws from them."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
 
 
 @contextlib.contextmanager

@@ -7,15 +7,37 @@ from typing import Any
 
 from robust.errors import InputError, unknown
 
-NORMS = ("linf", "l2")
-DEFAULT_ATTACKS = ("fgsm", "pgd", "noise")
+NORMS = ("linf", "l2", "l1", "l0")
+# Of each norm: what is quick and tells most, with the control.
+DEFAULT_ATTACKS = {
+    "linf": ("fgsm", "pgd", "noise"),
+    "l2": ("fgsm", "pgd", "noise"),
+    "l1": ("apgd-ce", "fmn", "noise"),
+    "l0": ("sigma-zero", "fmn", "noise"),
+}
+RAND_DRAWS = 20  # of autoattack-rand, whose standard they are
 MOST_ROWS = 2**20  # of a batch
 
 # The budgets that people compare at (largest last), after a few smaller ones that show the fall:
-# CIFAR 8/255 and 0.5, ImageNet 4/255 and 3, MNIST 0.3.
-_PHOTO_EPS = {"linf": (0.25 / 255, 0.5 / 255, 1 / 255, 2 / 255, 4 / 255), "l2": (0.25, 0.5, 1.0, 2.0, 3.0)}
-_THUMBNAIL_EPS = {"linf": (0.5 / 255, 1 / 255, 2 / 255, 4 / 255, 8 / 255), "l2": (0.05, 0.1, 0.25, 0.5)}
-_DIGIT_EPS = {"linf": (0.05, 0.1, 0.2, 0.3), "l2": (0.5, 1.0, 1.5, 2.0)}
+# CIFAR 8/255, 0.5 and 12, ImageNet 4/255, 3 and 60, MNIST 0.3 and 10 (linf, l2, l1). l0 counts values.
+_PHOTO_EPS = {
+    "linf": (0.25 / 255, 0.5 / 255, 1 / 255, 2 / 255, 4 / 255),
+    "l2": (0.25, 0.5, 1.0, 2.0, 3.0),
+    "l1": (5.0, 15.0, 30.0, 60.0),
+    "l0": (30.0, 100.0, 300.0),
+}
+_THUMBNAIL_EPS = {
+    "linf": (0.5 / 255, 1 / 255, 2 / 255, 4 / 255, 8 / 255),
+    "l2": (0.05, 0.1, 0.25, 0.5),
+    "l1": (1.5, 3.0, 6.0, 12.0),
+    "l0": (3.0, 12.0, 24.0, 48.0),
+}
+_DIGIT_EPS = {
+    "linf": (0.05, 0.1, 0.2, 0.3),
+    "l2": (0.5, 1.0, 1.5, 2.0),
+    "l1": (2.5, 5.0, 10.0),
+    "l0": (3.0, 6.0, 12.0, 24.0),
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +54,9 @@ class Options:
     step_size: float | None = None
     restarts: int = 1
     random_start: bool | None = None
+    queries: int | None = None
+    eot: int | None = None
+    surrogate: str | None = None
     target: str | None = None
     batch_size: int = 64
     limit: int | None = None
@@ -50,17 +75,30 @@ class Options:
             _check_eps(value, self.norm)
         if self.batch_size > MOST_ROWS:
             raise InputError(f"batch_size must be at most {MOST_ROWS}, not {self.batch_size}")
-        _check_at_least(1, steps=self.steps, restarts=self.restarts, batch_size=self.batch_size, limit=self.limit)
+        _check_at_least(
+            1, steps=self.steps, restarts=self.restarts, queries=self.queries, eot=self.eot,
+            batch_size=self.batch_size, limit=self.limit,
+        )  # fmt: skip
+        if self.surrogate is None and "transfer" in self.attacks:
+            raise InputError("attack transfer crafts on another network; name it with --surrogate")
+        if self.surrogate is not None and "transfer" not in self.attacks:
+            raise InputError("a surrogate is for attack transfer only; add --attack transfer")
         if not 0 <= self.seed < 2**64:
             raise InputError(f"seed must lie in 0 .. 2^64 - 1, not {self.seed}")
         if self.step_size is not None and not 0 < self.step_size <= 2:
             raise InputError(f"step_size is a fraction of eps above 0 and at most 2, not {self.step_size:g}; try 0.1")
 
+    @property
+    def draws(self) -> int:
+        """Evaluations of each point, of which the verdict is the vote."""
+        return self.eot or (RAND_DRAWS if "autoattack-rand" in self.attacks else 1)
+
     def suited_to(self, shape: Sequence[int], device: str) -> "Options":
         """These options for images of `shape` (C, H, W) on `device`: eps rising, each once, defaults filled in."""
         channels, height, _ = shape
         # The farthest corner of the box; people who think in 0 .. 255 ask for more.
-        if self.norm == "l2" and self.eps and max(self.eps) > math.sqrt(math.prod(shape)):
+        farthest = math.sqrt(math.prod(shape)) if self.norm == "l2" else math.prod(shape)
+        if self.norm != "linf" and self.eps and max(self.eps) > farthest:
             raise InputError(
                 f"eps {max(self.eps):g} is larger than any change of an image of {math.prod(shape)} pixels in [0, 1]; "
                 f"did you mean {max(self.eps):g}/255?"
@@ -72,6 +110,11 @@ class Options:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; tuples as lists."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+def default_attacks(norm: str) -> tuple[str, ...]:
+    """Those of the norm; of one that there is not, any, for `Options` to refuse the norm."""
+    return DEFAULT_ATTACKS.get(norm, ("noise",))
 
 
 def parse_eps(text: str) -> tuple[float, ...]:
@@ -103,6 +146,8 @@ def _check_eps(eps: float, norm: str) -> None:
         raise InputError(
             f"eps {eps:g} is larger than the whole range of pixels, which is [0, 1]; did you mean {eps:g}/255?"
         )
+    if norm == "l0" and eps != int(eps):
+        raise InputError(f"eps in l0 counts the values that may change, so it is a whole number, not {eps:g}")
 
 
 def _check_at_least(least: int, **values: int | None) -> None:

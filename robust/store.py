@@ -29,12 +29,13 @@ FILENAME = "run.sqlite"
 
 # History of the schema, which is also that of report.json:
 # 1: first.
-SCHEMA_VERSION = 1
+# 2: distances in l1 and l0; the nearest adversarials of attacks on the least distance; components of ensembles.
+SCHEMA_VERSION = 2
 
 SAMPLE_COLUMNS = (
     "sample_id", "label", "clean_pred", "clean_confidence", "attack", "norm", "eps", "success", "robust",
     "adv_pred", "adv_confidence", "distance_linf", "distance_l2", "robust_8bit", "forwards", "gradients",
-    "restart",
+    "restart", "distance_l1", "distance_l0",
 )  # fmt: skip
 
 _TABLES = """
@@ -46,16 +47,24 @@ CREATE TABLE clean (
 CREATE TABLE result (
     position INTEGER NOT NULL, attack TEXT NOT NULL, eps REAL NOT NULL, success INTEGER NOT NULL,
     success_8bit INTEGER NOT NULL, adv_pred INTEGER, adv_confidence REAL, distance_linf REAL,
-    distance_l2 REAL, forwards INTEGER NOT NULL, gradients INTEGER NOT NULL, restart INTEGER,
+    distance_l2 REAL, distance_l1 REAL, distance_l0 REAL, forwards INTEGER NOT NULL, gradients INTEGER NOT NULL,
+    restart INTEGER,
     PRIMARY KEY (position, attack, eps)
 ) WITHOUT ROWID;
 CREATE TABLE unit (
     start INTEGER NOT NULL, attack TEXT NOT NULL, seconds REAL NOT NULL, refuted INTEGER NOT NULL,
     overlooked INTEGER NOT NULL, PRIMARY KEY (start, attack)
 ) WITHOUT ROWID;
+CREATE TABLE nearest (
+    position INTEGER NOT NULL, attack TEXT NOT NULL, distance REAL NOT NULL, PRIMARY KEY (position, attack)
+) WITHOUT ROWID;
+CREATE TABLE component (
+    start INTEGER NOT NULL, attack TEXT NOT NULL, component TEXT NOT NULL, broken INTEGER NOT NULL,
+    PRIMARY KEY (start, attack, component)
+) WITHOUT ROWID;
 CREATE TABLE picture (
     role TEXT NOT NULL, rank REAL NOT NULL, position INTEGER NOT NULL, attack TEXT NOT NULL, eps REAL NOT NULL,
-    adv_pred INTEGER NOT NULL, adv_confidence REAL NOT NULL, distance_linf REAL NOT NULL,
+    adv_pred INTEGER NOT NULL, adv_confidence REAL NOT NULL, distance REAL NOT NULL, distance_linf REAL NOT NULL,
     distance_l2 REAL NOT NULL, shape TEXT NOT NULL, x BLOB NOT NULL, x_adv BLOB NOT NULL,
     PRIMARY KEY (role, attack, position)
 ) WITHOUT ROWID;
@@ -92,6 +101,8 @@ class Result:
     adv_confidence: float | None
     distance_linf: float | None
     distance_l2: float | None
+    distance_l1: float | None
+    distance_l0: float | None
     forwards: int
     gradients: int
     restart: int | None
@@ -108,6 +119,7 @@ class Picture:
     eps: float
     adv_pred: int
     adv_confidence: float
+    distance: float  # in the run's norm
     distance_linf: float
     distance_l2: float
     x: np.ndarray  # (C, H, W) float32 in [0, 1]
@@ -215,13 +227,17 @@ class Store:
         results: Iterable[Result],
         pictures: Iterable[Picture] = (),
         adversarials: Iterable[tuple[int, np.ndarray, np.ndarray]] = (),
+        nearest: Iterable[tuple[int, float]] = (),
+        components: Mapping[str, int] | None = None,
         refuted: int = 0,
         overlooked: int = 0,
     ) -> None:
         """Record the window that begins at position `start` as attacked, all of it or (on an error) nothing.
 
-        `adversarials` are (position, x, x_adv). `refuted` counts the successes claimed on the fast twin that
-        the model itself did not confirm; `overlooked` the successes only the model itself saw.
+        `adversarials` are (position, x, x_adv); `nearest` (position, distance) of the nearest adversarial that an
+        attack on the least distance found; `components` how many samples each part of an ensemble broke. `refuted`
+        counts the successes claimed on the fast twin that the model itself did not confirm; `overlooked` the
+        successes only the model itself saw.
         """
         with self._transaction():
             self._insert("result", results)
@@ -231,12 +247,20 @@ class Store:
                 "INSERT INTO adversarial VALUES (?, ?, ?, ?, ?)",
                 ((position, attack, _shape(x), _pack(x), _pack(x_adv)) for position, x, x_adv in adversarials),
             )
+            self._db.executemany(
+                "INSERT INTO nearest VALUES (?, ?, ?)",
+                ((position, attack, distance) for position, distance in nearest),
+            )
+            self._db.executemany(
+                "INSERT INTO component VALUES (?, ?, ?, ?)",
+                ((start, attack, name, broken) for name, broken in (components or {}).items()),
+            )
             self._db.execute("INSERT INTO unit VALUES (?, ?, ?, ?, ?)", (start, attack, seconds, refuted, overlooked))
 
     def drop_attack(self, attack: str) -> None:
         """Forget everything about an attack that could not be finished."""
         with self._transaction():
-            for table in ("result", "unit", "picture", "adversarial"):
+            for table in ("result", "unit", "picture", "adversarial", "nearest", "component"):
                 self._db.execute(f"DELETE FROM {table} WHERE attack = ?", (attack,))
 
     def set_findings(self, findings: Iterable[Finding]) -> None:
@@ -278,6 +302,19 @@ class Store:
         """
         return self._db.execute(query, (start, start + count, attack)).fetchone()[0]
 
+    def successes(self) -> tuple[list[tuple[str, float]], np.ndarray]:
+        """The (attack, eps) of the run, and for each sample in data order whether each broke it, as one long array.
+
+        As a DataFrame half a million verdicts take seconds, and the gate is to answer at once.
+        """
+        keys = self._db.execute(
+            "SELECT attack, eps FROM result WHERE position = (SELECT min(position) FROM result) ORDER BY attack, eps"
+        ).fetchall()
+        found = self._db.execute(
+            "SELECT group_concat(success, '') FROM (SELECT success FROM result ORDER BY position, attack, eps)"
+        ).fetchone()[0]
+        return [tuple(key) for key in keys], np.frombuffer((found or "").encode(), np.uint8) == ord("1")
+
     def samples(self) -> pd.DataFrame:
         """One row a (sample, attack, eps), `SAMPLE_COLUMNS`, in the order of data, attacks and eps."""
         return next(self._sample_frames(None), pd.DataFrame(columns=list(SAMPLE_COLUMNS)))
@@ -298,6 +335,16 @@ class Store:
         """How many verdicts of the fast twin the model overturned: (refuted, overlooked)."""
         row = self._db.execute("SELECT total(refuted), total(overlooked) FROM unit").fetchone()
         return int(row[0]), int(row[1])
+
+    def nearest(self, attack: str) -> dict[int, float]:
+        """Position -> distance of the nearest adversarial that `attack` found, if it looks for the least distance."""
+        rows = self._db.execute("SELECT position, distance FROM nearest WHERE attack = ? ORDER BY position", (attack,))
+        return dict(map(tuple, rows))
+
+    def components(self, attack: str) -> dict[str, int]:
+        """Component -> how many samples it broke, of an attack that is an ensemble."""
+        query = "SELECT component, sum(broken) FROM component WHERE attack = ? GROUP BY component"
+        return dict(map(tuple, self._db.execute(query, (attack,))))
 
     def pictures(self) -> list[Picture]:
         """The attacked samples kept for the report, best first in each role."""
@@ -377,7 +424,7 @@ class Store:
             SELECT sample_id, label, clean_pred, clean_confidence, attack, ? AS norm, eps, success,
                    clean_pred = label AND NOT success AS robust, adv_pred, adv_confidence, distance_linf,
                    distance_l2, clean_pred = label AND NOT success_8bit AS robust_8bit, forwards, gradients,
-                   restart
+                   restart, distance_l1, distance_l0
             FROM result JOIN clean USING (position) ORDER BY position, CASE attack {order} END, eps
         """
         frames = pd.read_sql_query(
@@ -387,7 +434,8 @@ class Store:
             chunksize=chunksize,
             dtype={
                 "success": bool, "robust": bool, "robust_8bit": bool, "adv_pred": "Int64", "restart": "Int64",
-                "adv_confidence": float, "distance_linf": float, "distance_l2": float,
+                "adv_confidence": float, "distance_linf": float, "distance_l2": float, "distance_l1": float,
+                "distance_l0": float,
             },
         )  # fmt: skip
         return frames if chunksize else iter([frames])

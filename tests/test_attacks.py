@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attacks
-from attacks.norms import NORMS, per_slot
+from attacks.norms import NORMS, project_l1_box
 from toys import Linear, conv_net, images, noise, queries, tasks
 
 
@@ -208,7 +208,7 @@ def test_projection_is_inside_idempotent_and_moves_nothing_that_is_inside(norm, 
     once = ball.project_(delta.clone(), radius)
     assert bool((ball.distance(once) <= eps * (1 + 1e-6)).all())
     torch.testing.assert_close(ball.project_(once.clone(), radius), once)
-    small = delta * per_slot(0.99 * eps / ball.distance(delta), delta)
+    small = 0.99 * once
     torch.testing.assert_close(ball.project_(small.clone(), radius), small)
 
 
@@ -217,7 +217,8 @@ def test_projection_is_inside_idempotent_and_moves_nothing_that_is_inside(norm, 
 def test_steepest_step_reaches_the_dual_norm(norm, seed):
     grad = torch.randn(4, 2, 3, 5, generator=torch.Generator().manual_seed(seed))
     step = NORMS[norm].steepest_(grad.clone())
-    dual = grad.flatten(1).norm({"linf": 1, "l2": 2}[norm], dim=1)
+    # Of l0 inside a box of side 1, as of l1, the largest value alone.
+    dual = grad.flatten(1).norm({"linf": 1, "l2": 2, "l1": torch.inf, "l0": torch.inf}[norm], dim=1)
     torch.testing.assert_close((grad * step).flatten(1).sum(1), dual)
     torch.testing.assert_close(NORMS[norm].distance(step), torch.ones(4))
     assert not NORMS[norm].steepest_(torch.zeros(1, 1, 2, 2)).any()
@@ -235,6 +236,37 @@ def test_random_points_are_uniform_in_the_ball():
     assert float(square.max()) <= 1 + 1e-6
     assert float(square.mean()) == pytest.approx(0.5, abs=0.02)
     assert float(square.var()) == pytest.approx(1 / 12, rel=0.05)
+    # So it is of l1, whose ball of radius r has the area 2 r².
+    l1 = NORMS["l1"].random(noise(n, (1, 1, 2)), radius)
+    square = (NORMS["l1"].distance(l1) / eps) ** 2
+    assert float(square.mean()) == pytest.approx(0.5, abs=0.02)
+    assert float(square.var()) == pytest.approx(1 / 12, rel=0.05)
+    assert abs(float(l1.mean())) < 0.02
+    l0 = NORMS["l0"].random(noise(n, (1, 2, 4)), torch.full((n,), 3.0))
+    assert (NORMS["l0"].distance(l0) == 3).all()
+    assert float((l0 != 0).float().mean(0).std()) < 0.02  # every value is as likely to change
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**16), eps=st.floats(1e-3, 20), scale=st.floats(0.01, 3))
+def test_projection_onto_the_l1_ball_and_the_box_is_the_nearest_point(seed, eps, scale):
+    g = torch.Generator().manual_seed(seed)
+    x = (torch.rand(3, 2, 3, 4, generator=g) * 1.4 - 0.2).clamp(0, 1)
+    delta = torch.randn(3, 2, 3, 4, generator=g) * scale
+    ours = project_l1_box(x, delta, torch.full((3,), eps))
+    assert float(NORMS["l1"].distance(ours).max()) <= eps * (1 + 1e-5)
+    assert float((x + ours).min()) >= -1e-6 and float((x + ours).max()) <= 1 + 1e-6
+    # The condition of optimality: values move by one common amount, or to zero, or to the side of the box. That
+    # amount by bisection, in float64.
+    for point, d, got in zip(x.double(), delta.double(), ours, strict=True):
+        room = torch.where(d > 0, 1 - point, point)
+        low, high = 0.0, float(d.abs().max())
+        for _ in range(100):
+            middle = (low + high) / 2
+            kept = (d.abs() - middle).clamp(min=0).minimum(room)
+            low, high = (middle, high) if kept.sum() > eps else (low, middle)
+        kept = (d.abs() - (high if kept.sum() > eps or low else 0.0)).clamp(min=0).minimum(room)
+        torch.testing.assert_close(got.double(), d.sign() * kept, atol=1e-5, rtol=1e-4)
 
 
 def test_noise_depends_on_its_keys_only():

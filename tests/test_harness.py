@@ -3,7 +3,7 @@
 import copy
 import io
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -116,8 +116,8 @@ def test_what_a_blind_twin_overlooks_is_found_where_its_last_point_fools_the_mod
 def test_an_attack_that_leaves_the_ball_fails_loudly(model, data, monkeypatch):
     @dataclass(frozen=True, kw_only=True)
     class Cheat(PGD):
-        def init(self, x, y, eps, noise):
-            return super().init(x, y, 1.1 * eps, noise)
+        def init(self, state, noise):
+            return super().init(replace(state, eps=1.1 * state.eps), noise)
 
     monkeypatch.setitem(attacks.ATTACKS, "pgd", Cheat)
     with pytest.raises(RuntimeError, match=r"pgd left the ball or the box on sample .* this is a bug"):

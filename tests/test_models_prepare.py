@@ -301,8 +301,9 @@ def test_image_convolution_equals_torchs(channels, kernel, stride, padding, size
 @pytest.mark.parametrize(
     "conv",
     [
-        nn.Conv2d(8, 8, 3), nn.Conv2d(3, 3, 3, groups=3), nn.Conv2d(3, 8, 3, dilation=2), nn.Conv2d(3, 8, 3, padding="same"),
-        nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"), nn.Conv2d(3, 8, 3, stride=(1, 2)), nn.Linear(3, 3),
+        nn.Conv2d(8, 8, 3), nn.Conv2d(3, 3, 3, groups=3), nn.Conv2d(3, 8, 3, dilation=2),
+        nn.Conv2d(3, 8, 3, padding="same"), nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(3, 8, 3, stride=(1, 2)), nn.Linear(3, 3),
     ],
 )  # fmt: skip
 def test_other_convolutions_are_left_alone(conv):

@@ -31,7 +31,7 @@ def clean(position: int, pred: int = 0) -> Clean:
 
 
 def results(position: int, attack: str, success: bool) -> list[Result]:
-    found = (1, 0.9, 0.1, 2.0) if success else (None, None, None, None)
+    found = (1, 0.9, 0.1, 2.0, 3.0, 4.0) if success else (None,) * 6
     return [
         Result(position, attack, eps, success, False, *found, forwards=3, gradients=2, restart=0 if success else None)
         for eps in (0.1, 0.2)
@@ -40,7 +40,7 @@ def results(position: int, attack: str, success: bool) -> list[Result]:
 
 def picture(position: int, rank: float, role: str = "smallest") -> Picture:
     x = np.full((1, 2, 3), position / 10, np.float32)
-    return Picture(role, rank, position, "pgd", 0.1, 1, 0.9, 0.1, 2.0, x, x + 0.1)
+    return Picture(role, rank, position, "pgd", 0.1, 1, 0.9, 0.1, 0.1, 2.0, x, x + 0.1)
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_a_file_that_is_no_run_is_refused(tmp_path, content):
 
 def test_a_run_of_another_schema_is_refused(store, tmp_path):
     sqlite3.connect(tmp_path / "run" / FILENAME).execute("PRAGMA user_version = 99")
-    with pytest.raises(InputError, match="schema version 99; this version of robust reads 1"):
+    with pytest.raises(InputError, match="schema version 99; this version of robust reads 2"):
         Store.open(tmp_path / "run")
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from attacks.attack import Attack, State, Task
+from attacks.attack import Attack, MinimalState, State, Task
 from attacks.noise import Noise, sample_key
 
 
@@ -59,11 +59,25 @@ def noise(n: int, shape: tuple[int, ...], seed: int = 0, restart: int = 0) -> No
     return Noise(seed, keys, [restart] * n, shape, torch.device("cpu"))
 
 
+def begin(attack: Attack, x: Tensor, y: Tensor, eps: float, target: Tensor | None = None) -> State:
+    """The state in which the attack begins on these images."""
+    known = {
+        "x": x, "y": y, "target": y if target is None else target, "eps": torch.full((len(x),), eps),
+        "query": x.clone(), "asked": torch.zeros(len(x), dtype=torch.long),
+    }  # fmt: skip
+    if attack.budget == "minimal":
+        state: State = MinimalState(**known, best=x, best_distance=torch.full((len(x),), torch.inf))
+    else:
+        state = State(**known)
+    return attack.init(state, noise(len(x), tuple(x.shape[1:])))
+
+
 def queries(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, eps: float) -> list[Tensor]:
     """Every point that the attack asks about, on a batch that never retires anything."""
-    state: State = attack.init(x, y, torch.full((len(x),), eps), noise(len(x), tuple(x.shape[1:])))
+    state = begin(attack, x, y, eps)
     points = [state.query.clone()]
     for _ in range(attack.queries - 1):
+        state.asked += 1
         query = state.query.detach().requires_grad_()
         logits = model(query)
         (grad,) = torch.autograd.grad(attack.loss(logits, state).sum(), query)

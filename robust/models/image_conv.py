@@ -19,6 +19,10 @@ LANES = 12  # pixels times channels in a block, at least
 class ImageConv2d(nn.Module):
     """`conv` with frozen parameters: the same output, the same input gradient up to rounding."""
 
+    weight: Tensor
+    bias: Tensor | None
+    blocks: Tensor
+
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
         self.stride, self.padding = conv.stride, conv.padding
@@ -73,10 +77,10 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, conv: ImageConv2d) -> Tensor:
         ctx.conv, ctx.size = conv, x.shape[2:]
-        return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)  # type: ignore[arg-type]
+        return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         return ctx.conv.input_gradient(g, ctx.size), None
 
 

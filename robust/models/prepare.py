@@ -68,7 +68,7 @@ def _folded_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
     if not _has_hooks(module):
         for name, part in list(twin.named_modules()):
             if name and ImageConv2d.suits(part):
-                twin.set_submodule(name, ImageConv2d(part))  # type: ignore[arg-type]
+                twin.set_submodule(name, ImageConv2d(part))
                 done.append("image gradient by blocks")
     if any(isinstance(part, nn.Conv2d | ImageConv2d) for part in twin.modules()):
         twin = twin.to(memory_format=torch.channels_last)

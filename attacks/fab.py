@@ -1,0 +1,106 @@
+"""FAB: the fast adaptive boundary attack, targeted. Croce & Hein 2020, arXiv 1907.02044."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from attacks.attack import Attack, MinimalState, State
+from attacks.hyperplane import ONTO
+from attacks.losses import difference, margin
+from attacks.noise import Noise
+from attacks.norms import per_slot
+
+
+@dataclass(kw_only=True)
+class FABState(MinimalState):
+    ahead: Tensor  # (B,) bool: whether the query is a step ahead; else it is a start, or was drawn back
+    iteration: Tensor  # (B,) how many steps ahead have been asked about
+
+
+@dataclass(frozen=True, kw_only=True)
+class FAB(Attack):
+    """The least distance at which a wrong class overtakes the label, from the linearised difference of their logits.
+
+    Each iteration projects both the point and the clean image onto the hyperplane where the two classes tie in
+    linear approximation, overshoots a little, and goes to a mean of the two. From an adversarial point it then draws
+    back towards the clean image.
+
+    steps: iterations, at least 1.
+    n_targets: how many wrong classes it aims at in turn, likeliest first; all where there are fewer.
+    alpha_max: the largest weight of the clean image's projection; 0 lets the point wander from its own projection.
+    eta: overshoot; 1 stops on the hyperplane, where the sign is a matter of rounding.
+    beta: how much of the perturbation stays when it draws back; 1 draws nothing back.
+    restarts: all but the first begin at a random point eps / 2 away.
+
+    Costs one forward and gradient an iteration, and one more of each where the iteration ends in an adversarial:
+    steps + 1 to 2 steps for each target and restart.
+    """
+
+    name: ClassVar[str] = "fab-t"
+    source: ClassVar[str] = "arXiv 1907.02044"
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
+    budget: ClassVar[Literal["fixed", "minimal"]] = "minimal"
+
+    steps: int = 100
+    n_targets: int = 9
+    alpha_max: float = 0.1
+    eta: float = 1.05
+    beta: float = 0.9
+
+    @classmethod
+    def cost(cls) -> str:
+        return "1 or 2 forwards, 1 or 2 gradients"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, not {self.steps}")
+        if self.n_targets < 1:
+            raise ValueError(f"n_targets must be at least 1, not {self.n_targets}")
+
+    @property
+    def targets(self) -> int:
+        return 0 if self.targeted else self.n_targets
+
+    @property
+    def queries(self) -> int:
+        return 2 * self.steps
+
+    def last(self, state: State) -> Tensor:
+        assert isinstance(state, FABState)
+        return state.iteration == self.steps
+
+    def init(self, state: MinimalState, noise: Noise) -> FABState:
+        again = torch.tensor(noise.restarts, device=state.x.device) % self.restarts > 0
+        if bool(again.any()):
+            direction = noise.uniform().mul_(2).sub_(1) if self.norm == "linf" else noise.normal()
+            radius = torch.where(again, state.eps / 2, 0)
+            direction.mul_(per_slot(radius / self.ball.distance(direction), direction))
+            state.query = direction.add_(state.x).clamp_(0, 1)
+        return FABState(**vars(state), ahead=torch.zeros_like(again), iteration=torch.zeros_like(state.asked))
+
+    def loss(self, logits: Tensor, state: State) -> Tensor:
+        return -margin(logits, state.y) if self.targeted else difference(logits, state.y, state.target)
+
+    def step(self, state: FABState, logits: Tensor, grad: Tensor) -> FABState:
+        ahead = ~(state.ahead & self.fools(logits.argmax(1), state))
+        rows = ahead.nonzero().squeeze(1)
+        x, here = state.x, state.query
+        state.query = torch.lerp(x, here, self.beta)
+        state.query[rows] = self._ahead(x[rows], here[rows], self.loss(logits, state)[rows], grad[rows])
+        state.ahead = ahead
+        state.iteration = state.iteration + ahead
+        return state
+
+    def _ahead(self, x: Tensor, here: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
+        """The next point from `here`, where the loss and its gradient are known."""
+        w = grad.flatten(1)
+        z = torch.stack([here, x], 1).flatten(2)  # (B, 2, d)
+        c = torch.stack([-loss, ((here - x).flatten(1) * w).sum(1) - loss], 1)
+        delta = ONTO[self.norm](z, w, c)
+        size = self.ball.distance(delta.flatten(0, 1)).view_as(c).clamp_(min=1e-8)
+        alpha = (size[:, :1] / size.sum(1, keepdim=True)).clamp_(max=self.alpha_max)
+        from_here, from_x = z.add_(delta, alpha=self.eta).unbind(1)
+        return from_here.lerp(from_x, alpha).clamp_(0, 1).view_as(x)

@@ -1,0 +1,59 @@
+"""MI-FGSM: iterated FGSM with momentum, whose examples transfer well. Dong et al. 2018, arXiv 1710.06081."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attacks.attack import Attack, State
+from attacks.losses import cross_entropy
+from attacks.noise import Noise
+from attacks.norms import per_slot
+
+
+@dataclass(kw_only=True)
+class MomentumState(State):
+    momentum: Tensor  # (B, C, H, W) the gradients so far, each of l1 size 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MIFGSM(Attack):
+    """`steps` steps of size eps / steps along the gathered gradients, from the clean image.
+
+    steps: at least 1.
+    decay: the share of the gathered gradients kept at each step; 0 for iterated FGSM.
+
+    Costs steps + 1 forwards and `steps` gradients on a sample that stands.
+    """
+
+    name: ClassVar[str] = "mi-fgsm"
+    source: ClassVar[str] = "arXiv 1710.06081"
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
+
+    steps: int = 10
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, not {self.steps}")
+
+    @property
+    def queries(self) -> int:
+        return self.steps + 1
+
+    def init(self, state: State, noise: Noise) -> MomentumState:
+        return MomentumState(**vars(state), momentum=torch.zeros_like(state.x))
+
+    def loss(self, logits: Tensor, state: State) -> Tensor:
+        loss = cross_entropy(logits, state.y)
+        return -loss if self.targeted else loss
+
+    def step(self, state: MomentumState, logits: Tensor, grad: Tensor) -> MomentumState:
+        size = grad.flatten(1).abs().sum(1).clamp_(min=1e-12)
+        state.momentum = (self.decay * state.momentum).add_(grad.div_(per_slot(size, grad)))
+        ahead = self.ball.steepest_(state.momentum.clone()).mul_(per_slot(state.eps / self.steps, grad))
+        delta = ahead.add_(state.query).sub_(state.x)
+        state.query = self.ball.project_(delta, state.eps).add_(state.x).clamp_(0, 1)
+        return state

@@ -1,0 +1,95 @@
+"""σ-zero: as few changed values as possible. Cinà et al. 2025, arXiv 2402.01879.
+
+Adam descends on the margin that is left plus a smooth count of the changed values, and what has changed by less than
+a threshold is put back after each step. The threshold rises after an adversarial point and falls after another.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from attacks.attack import Attack, MinimalState
+from attacks.fmn import alive, start
+from attacks.losses import margin
+from attacks.noise import Noise
+from attacks.norms import NORMS, per_slot
+
+DECAY, DECAY_SQUARE = 0.9, 0.999  # of Adam's means
+
+
+@dataclass(kw_only=True)
+class SigmaZeroState(MinimalState):
+    threshold: Tensor  # (B,)
+    mean: Tensor  # (B, C, H, W) of the gradients
+    mean_square: Tensor  # (B, C, H, W)
+    direction: Tensor  # (B, C, H, W) where to go where the gradient is zero
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigmaZero(Attack):
+    """`steps` steps of Adam.
+
+    steps: at least 1; every point is judged, the start and the last one included.
+    step_size: of the first step, in pixels of [0, 1]. It falls to a tenth along a cosine.
+    sigma: how smooth the count is: a change of sqrt(sigma) counts half.
+    threshold: at first, in pixels of [0, 1].
+    threshold_rate: by how much it moves after each step, as a fraction of the step size.
+    restarts: the first run starts from the image, others from noise about it.
+
+    Costs steps + 1 forwards and `steps` gradients.
+    """
+
+    name: ClassVar[str] = "sigma-zero"
+    source: ClassVar[str] = "arXiv 2402.01879"
+    norms: ClassVar[tuple[str, ...]] = ("l0",)
+    budget: ClassVar[Literal["fixed", "minimal"]] = "minimal"
+
+    steps: int = 300
+    step_size: float = 1.0
+    sigma: float = 1e-3
+    threshold: float = 0.3
+    threshold_rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, not {self.steps}")
+
+    @property
+    def queries(self) -> int:
+        return self.steps + 1
+
+    def init(self, state: MinimalState, noise: Noise) -> SigmaZeroState:
+        random = noise.normal()
+        state.query = start(state, random, noise)
+        nothing, threshold = torch.zeros_like(state.x), torch.full_like(state.eps, self.threshold)
+        return SigmaZeroState(**vars(state), threshold=threshold, mean=nothing, mean_square=nothing, direction=random)
+
+    def loss(self, logits: Tensor, state: MinimalState) -> Tensor:
+        loss = margin(logits, state.y)
+        return (loss if self.targeted else -loss).clamp(min=0)
+
+    def step(self, state: SigmaZeroState, logits: Tensor, grad: Tensor) -> SigmaZeroState:
+        delta = state.query - state.x
+        # The gradient of the mean over the values of delta² / (delta² + sigma).
+        count = delta.mul(2 * self.sigma / delta[0].numel()).div_(delta.square().add_(self.sigma).square_())
+        grad = alive(grad.add_(count), state.direction)
+        grad.div_(per_slot(NORMS["linf"].distance(grad), grad))
+        state.mean = state.mean.lerp(grad, 1 - DECAY)
+        state.mean_square = state.mean_square.mul(DECAY_SQUARE).addcmul_(grad, grad, value=1 - DECAY_SQUARE)
+        fade = (1 + torch.cos(math.pi * ((state.asked - 1) / self.steps))) / 2
+        size = self.step_size * (0.1 + 0.9 * fade)
+        # Both means begin at zero; this is what they would be otherwise.
+        unbiased = (1 - DECAY_SQUARE**state.asked).sqrt() / (1 - DECAY**state.asked)
+        move = torch.div(state.mean, state.mean_square.sqrt().add_(1e-8)).mul_(per_slot(size * unbiased, grad))
+        delta = (state.query - move).clamp_(0, 1).sub_(state.x)
+
+        fooled = self.fools(logits.argmax(1), state)
+        drift = torch.where(fooled, self.threshold_rate, -self.threshold_rate) * size
+        state.threshold = (state.threshold + drift).clamp(0, 1)
+        delta.mul_(delta.abs() >= per_slot(state.threshold, delta))
+        state.query = delta.add_(state.x).clamp_(0, 1)
+        return state

@@ -1,0 +1,245 @@
+"""Square Attack: random search with square windows. Andriushchenko et al. 2020, arXiv 1912.00049."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from attacks.attack import Attack, State
+from attacks.losses import margin
+from attacks.noise import Noise
+from attacks.norms import per_slot, project_l1_box
+
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # p halves after each of these proposals
+ROUNDING = 1e-6  # share of eps that sums over an image leave to it
+
+
+@dataclass(kw_only=True)
+class SquareState(State):
+    best: Tensor  # (B, C, H, W) the point of largest loss so far
+    loss: Tensor  # (B,)
+    size: Tensor  # (B,) of its perturbation; 0 in linf, where nobody asks
+    moves: Tensor  # (B, queries - 1, K) what is drawn for each proposal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Square(Attack):
+    """Changes a random window of the best point so far, and keeps the change if it raises the margin.
+
+    linf: the window becomes x + eps or x - eps, each channel by its own sign.
+    l2, and l1 (arXiv 2103.01208): the window gets two opposite peaks on top of what it held, and a second window is
+    emptied; what both held, and what the ball has left, is the size of the new perturbation in the first.
+
+    queries: points asked about, the start included; at least 1.
+    p: share of the pixels that the first windows cover, in (0, 1]. Windows shrink after fixed numbers of proposals,
+        whatever `queries` is, as in AutoAttack.
+
+    Costs `queries` forwards and no gradient on a sample that stands.
+    """
+
+    name: ClassVar[str] = "square"
+    source: ClassVar[str] = "arXiv 1912.00049"
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
+    needs_grad: ClassVar[bool] = False
+
+    queries: int = 5000
+    p: float = 0.8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.queries < 1:
+            raise ValueError(f"queries must be at least 1, not {self.queries}")
+        if not 0 < self.p <= 1:
+            raise ValueError(f"p must be above 0 and at most 1, not {self.p}")
+
+    def init(self, state: State, noise: Noise) -> SquareState:
+        state.x = state.x.contiguous()  # windows are places in a flat image
+        state.query = self._stripes(state, noise) if self.norm == "linf" else self._tiles(state, noise)
+        loss, size = torch.full_like(state.eps, -torch.inf), torch.zeros_like(state.eps)
+        return SquareState(**vars(state), best=state.query, loss=loss, size=size, moves=self._draw(state.x, noise))
+
+    def step(self, state: SquareState, logits: Tensor, grad: None) -> SquareState:
+        loss = margin(logits, state.y)
+        if self.targeted:
+            loss = -loss
+        better = (loss > state.loss).nonzero().squeeze(1)  # few rows, as a rule
+        accepted = state.query[better]
+        state.best[better] = accepted
+        state.loss = state.loss.maximum(loss)
+        if self.norm == "linf":
+            state.query = self._paint(state)
+        else:
+            state.size[better] = self.ball.distance(accepted - state.x[better])
+            state.query = self._rearrange(state)
+        return state
+
+    def _stripes(self, state: State, noise: Noise) -> Tensor:
+        """The start in linf: in every column of each channel +eps or -eps."""
+        _, c, _, w = state.x.shape
+        signs = noise.uniform(shape=(c, 1, w)).sub_(0.5).sign_()
+        return (state.x + signs.mul_(per_slot(state.eps, signs))).clamp_(0, 1)
+
+    def _tiles(self, state: State, noise: Noise) -> Tensor:
+        """The start in l2 and l1: tiles of two peaks, turned or not, in each channel with its own sign."""
+        b, c, h, w = state.x.shape
+        s = max(min(h, w) // 5, 1)
+        rows, cols = h // s, w // s
+        u = noise.uniform(shape=(1 + c, rows, 1, cols, 1)).sub_(0.5)
+        eta = _eta(s, self.norm).to(u)
+        turned = torch.where(u[:, :1] > 0, eta[:, None], eta.mT[:, None])  # (B, 1, rows, s, cols, s)
+        tiles = turned * u[:, 1:].sign()
+        top, left = (h - rows * s) // 2, (w - cols * s) // 2
+        margins = (left, w - cols * s - left, top, h - rows * s - top)
+        delta = F.pad(tiles.reshape(b, c, rows * s, cols * s), margins)
+        eps = state.eps * (1 - ROUNDING)
+        if self.norm == "l1":
+            delta = project_l1_box(state.x, delta, eps)
+        else:
+            delta = self.ball.steepest_(delta).mul_(per_slot(eps, delta))
+        return delta.add_(state.x).clamp_(0, 1)
+
+    def _draw(self, x: Tensor, noise: Noise) -> Tensor:
+        """(B, queries - 1, K): a bit for the sign of each channel, then the window's top and left; in l2 and l1 also
+        those of the second window, and a bit for the turn of the peaks.
+        """
+        _, c, h, w = x.shape
+        halvings, sides, _ = self._windows(x)
+        side = sides[torch.bucketize(torch.arange(self.queries - 1, device=x.device), halvings)]
+        # Windows reach every edge, as in the paper; the reference never draws the last place.
+        bit, top, left = torch.full_like(side, 2), h - side + 1, w - side + 1
+        ranges = torch.stack([bit] * c + ([top, left] if self.norm == "linf" else [top, left, top, left, bit]), 1)
+        draws = noise.uniform(step=1, shape=tuple(ranges.shape)).mul_(ranges)
+        # In bytes, where they are enough: this is most of what a slot carries.
+        return draws.to(torch.uint8 if max(h, w) < 256 else torch.int16)
+
+    def _windows(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _windows(self.norm, self.p, x.shape[2], x.shape[3], x.device)
+
+    def _next(self, state: SquareState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the next proposal: what was drawn (B, K), which of the sides it has (B,), and `_reach` of its windows."""
+        halvings, sides, _ = self._windows(state.x)
+        proposal = state.asked - 1
+        move = state.moves[torch.arange(len(proposal), device=proposal.device), proposal].long()
+        phase = torch.bucketize(proposal, halvings)
+        return move, phase, *_reach(sides[phase])
+
+    def _paint(self, state: SquareState) -> Tensor:
+        """The next point in linf, (B, C, H, W)."""
+        c, w = state.x.shape[1], state.x.shape[3]
+        move, _, reach, _ = self._next(state)
+        window = _pixels(move[:, c : c + 2], reach, w)
+        signs = (2 * move[:, :c] - 1) * state.eps[:, None]
+        return _put_(state.best.clone(), window, _take(state.x, window).add_(signs[:, :, None]).clamp_(0, 1))
+
+    def _rearrange(self, state: SquareState) -> Tensor:
+        """The next point in l2 and l1, (B, C, H, W)."""
+        c, w = state.x.shape[1], state.x.shape[3]
+        order = 2 if self.norm == "l2" else 1
+        move, phase, reach, own = self._next(state)
+        once = (own[:, :, None] & own[:, None, :]).flatten(1)[:, None].to(state.x)
+
+        def size(delta: Tensor) -> Tensor:
+            return torch.linalg.vector_norm(delta * once, order, dim=2, keepdim=True)  # (B, C, 1)
+
+        windows = _pixels(move[:, c : c + 4], reach, w)
+        filled, emptied = windows.chunk(2, 1)
+        clean = _take(state.x, windows)
+        (x, x2), (old, old2) = clean.chunk(2, 2), (_take(state.best, windows) - clean).chunk(2, 2)
+        query = _put_(state.best.clone(), emptied, x2)
+        rest = _take(query, filled) - x
+
+        _, _, etas = self._windows(state.x)
+        eta = etas[move[:, -1, None, None], phase[:, None, None], reach[:, :, None], reach[:, None, :]].flatten(1)
+        new = (2 * move[:, :c, None] - 1) * eta[:, None] + old / (size(old) + 1e-12)
+        eps = state.eps * (1 - ROUNDING)
+        left = ((eps**order - state.size**order) / c)[:, None, None]
+        budget = (size(old2) ** order + size(rest) ** order + left).clamp_(min=0) ** (1 / order)
+        if self.norm == "l1":
+            budget *= c  # c times too much: the projection takes it away again, from small values everywhere
+        new *= budget / (size(new) + 1e-12)
+
+        if self.norm == "l2" or c == 1:
+            return _put_(query, filled, new.add_(x).clamp_(0, 1))
+        beyond = (new.abs() - torch.where(new > 0, 1 - x, x)) * once
+        delta = _put_(query, filled, new.add_(x)).sub_(state.x)
+        shrink = per_slot(_shrinkage(delta.abs().flatten(1), beyond.flatten(1), eps), delta)
+        # A clamp on both sides at once is four times as slow.
+        return delta.sub_(delta.clamp(max=shrink).clamp_(min=-shrink)).add_(state.x).clamp_(0, 1)
+
+
+@lru_cache(maxsize=32)
+def _windows(norm: str, p: float, h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """After which proposals windows shrink (9,), their sides (10,), and their peaks, as they are and turned
+    (2, 10, S, S).
+    """
+    sides = [round(math.sqrt(p / 2**k * h * w)) for k in range(len(HALVINGS) + 1)]
+    sides = [min(h, w, max(s, 1) if norm == "linf" else max(s, 3) | 1) for s in sides]
+    etas = torch.zeros(2, len(sides), max(sides), max(sides))
+    if norm != "linf":
+        for k, s in enumerate(sides):
+            etas[0, k, :s, :s] = _eta(s, norm)
+        etas[1] = etas[0].mT
+    return torch.tensor(HALVINGS, device=device), torch.tensor(sides, device=device), etas.to(device)
+
+
+def _eta(s: int, norm: str) -> Tensor:
+    """(s, s), of size 1: a peak up on one half of the square and a peak down on the other."""
+    order = 2 if norm == "l2" else 1
+
+    def peak(h: int, w: int) -> Tensor:
+        ring = torch.maximum((torch.arange(h) - h // 2).abs()[:, None], (torch.arange(w) - w // 2).abs())
+        terms = (torch.arange(max(h, w) // 2 + 1) + 1.0) ** (-2 if norm == "l2" else -4)
+        heights = terms.flip(0).cumsum(0).flip(0)[ring]
+        return heights / torch.linalg.vector_norm(heights, order)
+
+    eta = torch.cat([peak(s // 2, s), -peak(s - s // 2, s)])
+    return eta / torch.linalg.vector_norm(eta, order)
+
+
+def _reach(side: Tensor) -> tuple[Tensor, Tensor]:
+    """0, 1, ... up to a window's last row, which repeats where other windows in the batch are larger, (B, S); and
+    True for each row once.
+    """
+    steps = torch.arange(int(side.max()), device=side.device)
+    return steps.minimum(side[:, None] - 1), steps < side[:, None]
+
+
+def _pixels(corners: Tensor, reach: Tensor, width: int) -> Tensor:
+    """Places in a flat image of windows with these tops and lefts (B, 2 * n), one after the other, (B, n * S * S)."""
+    rows, cols = (corners.unflatten(1, (-1, 2))[..., None] + reach[:, None, None]).unbind(2)  # (B, n, S)
+    return (rows[..., None] * width + cols[..., None, :]).flatten(1)
+
+
+def _take(images: Tensor, pixels: Tensor) -> Tensor:
+    """(B, C, N): the values at places (B, N)."""
+    return images.flatten(2).gather(2, pixels[:, None].expand(-1, images.shape[1], -1))
+
+
+def _put_(images: Tensor, pixels: Tensor, values: Tensor) -> Tensor:
+    images.flatten(2).scatter_(2, pixels[:, None].expand_as(values), values)
+    return images
+
+
+def _shrinkage(size: Tensor, beyond: Tensor, eps: Tensor) -> Tensor:
+    """(B,): by how much every value must shrink for what is left, clipped to the box, to have the l1 size eps.
+
+    size: (B, N) of each value. beyond: (B, M) how far those that leave the box do; what is not above 0 does not.
+    What is left falls with the shrinkage along a line that bends where a value vanishes or enters the box. Newton's
+    method in a bracket finds the straight piece that crosses eps, in about five turns.
+    """
+    shrink, low, high = torch.zeros_like(eps), torch.zeros_like(eps), size.amax(1)
+    for _ in range(50):
+        kept, lost = (F.relu_(sizes - shrink[:, None]) for sizes in (size, beyond))
+        excess = kept.sum(1) - lost.sum(1) - eps
+        far = (excess > ROUNDING * eps) | (excess < -ROUNDING * eps) & (shrink > 0)
+        if not bool(far.any()):
+            break
+        low, high = torch.where(excess > 0, shrink, low), torch.where(excess > 0, high, shrink)
+        newton = shrink + excess / (kept.sign_().sum(1) - lost.sign_().sum(1))
+        within = (newton > low) & (newton < high)
+        shrink = torch.where(far, torch.where(within, newton, (low + high) / 2), shrink)
+    return shrink

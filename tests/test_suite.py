@@ -1,0 +1,269 @@
+"""The attack suite inside the harness: least distances, ensembles, random models, surrogates, the norms l1 and l0."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import attacks
+import robust
+from robust.errors import InputError
+from toys import conv_net, images
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return conv_net()
+
+
+@pytest.fixture(scope="module")
+def data(model):
+    x = (images(30) * 255).round() / 255
+    with torch.no_grad():
+        return x, model(x).argmax(1)
+
+
+def findings(run):
+    return {finding.name: finding for finding in run.findings}
+
+
+# Least distances
+
+
+@pytest.mark.parametrize(("name", "norm", "eps"), [("fmn", "linf", 0.02), ("ddn", "l2", 0.3), ("fab-t", "l1", 3.0)])
+def test_the_nearest_adversarials_are_stored_and_answer_for_every_eps(model, data, name, norm, eps):
+    few, many = [eps], [eps * k / 5 for k in range(1, 6)]
+    one, run = (robust.run(model, data, attacks=[name], norm=norm, eps=radii, steps=30) for radii in (few, many))
+    nearest = run.store.nearest(name)
+    assert nearest == one.store.nearest(name) and len(nearest) > 20
+    for k, radius in enumerate(many):
+        rows = run.samples[run.samples.eps == radius]
+        broken = {int(i) for i in rows.sample_id[rows.success]}
+        assert broken == {position for position, distance in nearest.items() if distance <= radius * (1 + 1e-5)}, k
+    found = run.samples[run.samples.success]
+    assert np.allclose(found[f"distance_{norm}"], [nearest[int(i)] for i in found.sample_id])
+    # Everything was evaluated once, whatever the number of eps.
+    assert run.samples.forwards.sum() == one.samples.forwards.sum()
+
+
+def test_a_nearest_point_beyond_every_eps_is_no_success_and_no_picture(model, data):
+    run = robust.run(model, data, attacks=["fmn"], eps=[1e-5], steps=20, save_adversarials=True)
+    assert run.store.nearest("fmn") and not run.samples.success.any()
+    assert run.samples.distance_linf.isna().all()
+    assert not run.store.pictures() and not list(run.store.adversarials())
+
+
+def test_the_report_draws_the_exact_curve_and_says_the_median(model, data, tmp_path):
+    run = robust.run(model, data, attacks=["fmn", "pgd"], eps=[0.005, 0.02], steps=20, output=tmp_path / "run")
+    text = (tmp_path / "run" / "report.html").read_text()
+    distances = np.sort([*run.store.nearest("fmn").values()])
+    assert "fmn looks for the least distance" in text
+    half = distances[len(distances) // 2 - 1 : len(distances) // 2 + 1].mean() if len(distances) == 30 else None
+    assert half is None or f"{half * 255:.3g}/255" in text or f"{half:.3g}" in text
+
+
+# Other norms
+
+
+@pytest.mark.parametrize("norm", ["l1", "l0"])
+def test_every_success_in_l1_and_l0_stands_up_to_an_independent_check(model, data, norm):
+    _, y = data
+    eps = {"l1": [1.0, 6.0], "l0": [4, 40]}[norm]
+    run = robust.run(model, data, norm=norm, eps=eps, steps=30, save_adversarials=True)
+    assert set(run.summary.attack) == {*robust.options.DEFAULT_ATTACKS[norm], "worst_case"}
+    samples = run.samples.set_index(["sample_id", "attack", "eps"])
+    saved = list(run.store.adversarials())
+    assert len(saved) > 20
+    for clean, attack, x_clean, x_adv in saved:
+        delta = x_adv.astype(np.float64) - x_clean
+        size = np.abs(delta).sum() if norm == "l1" else np.count_nonzero(delta)
+        wrong = int(model(torch.tensor(x_adv)[None]).argmax()) != int(y[int(clean.sample_id)])
+        assert wrong and x_adv.min() >= 0 and x_adv.max() <= 1
+        for radius in eps:
+            row = samples.loc[(clean.sample_id, attack, radius)]
+            assert row.success == (size <= radius * (1 + 1e-5))
+            if row.success:
+                assert row[f"distance_{norm}"] == pytest.approx(size)
+
+
+def test_l0_counts_whole_values():
+    with pytest.raises(InputError, match=r"whole number, not 2\.5"):
+        robust.run(conv_net(), (images(2), torch.tensor([0, 1])), norm="l0", eps=2.5)
+    with pytest.raises(InputError, match="larger than any change"):
+        robust.run(conv_net(), (images(2), torch.tensor([0, 1])), norm="l0", eps=1000)
+
+
+# Ensembles
+
+
+def test_autoattack_says_what_each_part_did(model, data, tmp_path):
+    run = robust.run(model, data, attacks=["autoattack"], eps=[0.004, 0.02], queries=50, output=tmp_path / "run")
+    parts = run.store.components("autoattack")
+    assert set(parts) == {"apgd-ce", "apgd-t", "fab-t", "square"}
+    assert sum(parts.values()) == run.samples[run.samples.eps == 0.02].success.sum() > 3
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert all(f"<b>{part}</b> broke {count}" in text for part, count in parts.items())
+    assert findings(run)["attack strength"].level == "pass"
+
+
+def test_with_three_classes_the_report_says_what_gave_way(data):
+    run = robust.run(conv_net(classes=3), (data[0], data[1] % 3), attacks=["autoattack"], eps=0.02)
+    assert set(run.store.components("autoattack")) == {"apgd-ce", "apgd-dlr", "fab-t", "square"}
+    assert "gives way to apgd-dlr" in findings(run)["parts of autoattack"].message
+
+
+def test_autoattack_is_the_worst_of_its_parts_and_no_worse(model, data):
+    names = ("apgd-ce", "apgd-t", "fab-t", "square")
+    eps = [0.005, 0.02]
+    whole = robust.run(model, data, attacks=["autoattack"], eps=eps)
+    parts = robust.run(model, data, attacks=list(names), eps=eps)
+    for radius in eps:
+        alone = parts.samples[parts.samples.eps == radius].groupby("sample_id").success.any()
+        together = whole.samples[whole.samples.eps == radius].set_index("sample_id").success
+        assert (alone == together).all()
+
+
+def test_square_that_beats_gradients_is_a_warning():
+    class Masked(nn.Module):
+        """The gradient says nothing of where the boundary is."""
+
+        def __init__(self):
+            super().__init__()
+            self.net = conv_net()
+
+        def forward(self, x):
+            logits = self.net(x)
+            return logits.detach() + 1e-9 * (x - x.detach()).flatten(1).sum(1, keepdim=True)
+
+    x = images(30)
+    model = Masked()
+    y = model(x).argmax(1)
+    run = robust.run(model, (x, y), attacks=["apgd-ce", "square"], eps=0.06, steps=5, queries=200)
+    assert findings(run)["square against gradients"].level == "warn"
+
+
+# Random models
+
+
+class Jittery(nn.Module):
+    """Adds noise of its own to the logits."""
+
+    def __init__(self, scale: float):
+        super().__init__()
+        self.net, self.scale = conv_net(), scale
+
+    def forward(self, x):
+        logits = self.net(x)
+        return logits + self.scale * torch.randn_like(logits)
+
+
+def test_lucky_draws_are_no_success_where_the_draws_vote(data):
+    model = Jittery(float(conv_net()(data[0]).std().detach()) * 0.4)
+    lucky = robust.run(model, data, attacks=["noise"], eps=1e-4, restarts=10)
+    sober = robust.run(model, data, attacks=["noise"], eps=1e-4, restarts=10, eot=25)
+    assert findings(lucky)["deterministic"].level == "warn" and findings(sober)["deterministic"].level == "pass"
+    assert sober.samples.success.mean() < lucky.samples.success.mean()
+    again = robust.run(model, data, attacks=["noise"], eps=1e-4, restarts=10, eot=25)
+    assert again.samples.equals(sober.samples)
+    assert (sober.samples.forwards % 25 == 0).all() and sober.samples.forwards.max() >= 250
+
+
+def test_autoattack_rand_votes_without_being_told(data):
+    run = robust.run(Jittery(1e-3), data, attacks=["autoattack-rand"], eps=0.02, steps=3)
+    assert run.store.identity["options"]["eot"] is None
+    assert findings(run)["deterministic"].level == "pass"
+    assert set(run.store.components("autoattack-rand")) == {"apgd-ce", "apgd-dlr"}
+    assert (run.samples.forwards % 20 == 0).all()
+
+
+def test_the_global_random_state_is_as_it_was(data):
+    before = torch.random.get_rng_state()
+    robust.run(Jittery(0.1), data, attacks=["apgd-ce", "square"], eps=0.02, steps=3, queries=5)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+# Surrogates
+
+
+def test_transfer_needs_a_surrogate_of_the_same_classes_and_size(model, data):
+    with pytest.raises(InputError, match="name it with --surrogate"):
+        robust.run(model, data, attacks=["transfer"], eps=0.02)
+    with pytest.raises(InputError, match="for attack transfer only"):
+        robust.run(model, data, attacks=["pgd"], eps=0.02, surrogate=model)
+    with pytest.raises(InputError, match="has 3 classes and the model 5"):
+        robust.run(model, data, attacks=["transfer"], eps=0.02, surrogate=conv_net(classes=3))
+    with pytest.raises(InputError, match="cannot read the model's images of 3 x 12 x 12"):
+        robust.run(model, data, attacks=["transfer"], eps=0.02, surrogate=nn.Sequential(nn.Flatten(), nn.Linear(7, 5)))
+
+
+def test_transfer_counts_only_what_the_model_was_asked(model, data):
+    run = robust.run(model, data, attacks=["transfer", "mi-fgsm"], eps=0.05, surrogate=conv_net(seed=3))
+    by = run.samples.groupby("attack")
+    assert by.forwards.max()["transfer"] == 1 and by.gradients.max()["transfer"] == 0
+    assert by.success.sum()["transfer"] < by.success.sum()["mi-fgsm"]
+    assert run.store.identity["surrogate"]["name"] == "Sequential"
+    assert findings(run)["transfer against gradients"].level == "pass"
+
+
+# On a network that is provably robust
+
+
+@pytest.mark.skipif(not (SHARED / "models").is_dir(), reason="needs the shared networks")
+def test_no_attack_breaks_what_interval_bounds_certify():
+    namespace: dict = {"__file__": str(SHARED / "models" / "architectures.py")}
+    exec((SHARED / "models" / "architectures.py").read_text(), namespace)
+    model = namespace["mnist_robust_03"]()
+    with np.load(SHARED / "data" / "mnist_test.npz") as file:
+        x, y = torch.tensor(file["x"][:150])[:, None] / 255, torch.tensor(file["y"][:150]).long()
+    eps = 0.05
+    certified = certify(model, x, y, eps)
+    assert 20 < int(certified.sum()) < 150
+    names = ["apgd-ce", "apgd-t", "fab-t", "square", "fmn", "pgd"]
+    run = robust.run(model, (x, y), attacks=names, eps=[eps, 0.4], steps=20, queries=100, batch_size=150)
+    at = run.samples[run.samples.eps == eps]
+    broken = at.groupby("sample_id").success.any().to_numpy()
+    assert not (broken & certified.numpy()).any()
+    assert run.samples[run.samples.eps == 0.4].groupby("sample_id").success.any().sum() > 30
+
+
+def certify(model: nn.Sequential, x, y, eps: float):
+    """(N,) bool: whether interval bounds prove that no point within eps in linf changes the class.
+
+    The last layer is merged with the differences of the logits, or the bounds would say next to nothing.
+    """
+    low, high = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
+    *body, last = list(model)
+    with torch.no_grad():
+        for layer in body:
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                middle, radius = (low + high) / 2, (high - low) / 2
+                plain = nn.functional.linear if isinstance(layer, nn.Linear) else layer._conv_forward
+                spread = plain(radius, layer.weight.abs(), None)
+                middle = layer(middle)
+                low, high = middle - spread, middle + spread
+            else:
+                low, high = layer(low), layer(high)
+        difference = last.weight[y][:, None] - last.weight[None]  # (N, K, d): of the label and each class
+        bias = last.bias[y][:, None] - last.bias[None]
+        middle, radius = (low + high) / 2, (high - low) / 2
+        least = (difference * middle[:, None]).sum(2) + bias - (difference.abs() * radius[:, None]).sum(2)
+        return (least.scatter(1, y[:, None], torch.inf) > 0).all(1)
+
+
+def test_an_attack_breaks_nothing_that_is_certified_on_a_linear_network():
+    # The planted fault: an attack that steps outside of eps is told by the bound.
+    class Line(nn.Module):
+        def forward(self, x):
+            f = x.flatten(1).sum(1) - 6
+            return torch.stack([f, -f], 1)
+
+    x = torch.full((1, 1, 3, 3), 0.7)  # f = 0.3, so linf 0.3 / 9
+    outcomes = [
+        next(attacks.run(Line(), attacks.make(name, "linf"), [attacks.Task(0, 0, x[0], 0)], [0.033], slots=1, seed=0))
+        for name in ("apgd-ce", "square", "fab-t", "fmn")
+    ]
+    assert all(outcome.rung is None for outcome in outcomes)
