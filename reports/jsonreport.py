@@ -8,6 +8,7 @@ from typing import Any
 
 from reports.answer import answer, verdict
 from reports.files import write_text
+from robust.baseline import from_store, pack
 from robust.store import SCHEMA_VERSION, Store
 
 
@@ -34,6 +35,7 @@ def write_json(store: Store, folder: Path) -> None:
         "twin": {"description": details.get("twin"), "refuted": refuted, "overlooked": overlooked},
         "started": details.get("started"),
         "finished": details.get("finished"),
+        "verdicts": pack(from_store(store)),
     }
     text = json.dumps(_strict(report), indent=2, ensure_ascii=False, allow_nan=False)
     write_text(folder / "report.json", text + "\n")

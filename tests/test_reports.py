@@ -30,7 +30,7 @@ from reports.gallery import Example, choose, png
 from reports.terminal import plain_lines, summary_table
 from robust.errors import InputError
 from robust.statistics import SUMMARY_COLUMNS
-from robust.store import SAMPLE_COLUMNS, Clean, Finding, Picture, Result, Store
+from robust.store import SAMPLE_COLUMNS, SCHEMA_VERSION, Clean, Finding, Picture, Result, Store
 from robust.units import (
     format_class,
     format_count,
@@ -105,7 +105,8 @@ def make_store(
                     Result(
                         row.position, attack, radius, found, found and row.position % 3 > 0,
                         wrong if found else None, 0.75 if found else None, linf if found else None,
-                        l2 if found else None, 10 if row.position < 24 else 0, 9, 0 if found else None,
+                        l2 if found else None, 30.0 if found else None, 40.0 if found else None,
+                        10 if row.position < 24 else 0, 9, 0 if found else None,
                     )
                 )  # fmt: skip
             fooled = rung < len(eps)
@@ -113,7 +114,7 @@ def make_store(
                 for role in ("smallest", "typical", "confident") if fooled else ("withstood",):
                     pred = wrong if fooled else row.label
                     pictures.append(
-                        Picture(role, row.position, row.position, attack, size, pred, 0.75, linf, l2, x, x_adv)
+                        Picture(role, row.position, row.position, attack, size, pred, 0.75, size, linf, l2, x, x_adv)
                     )
         saved = [(p.position, p.x, p.x_adv) for p in pictures if p.role == "typical"] if adversarials else []
         store.add_unit(0, attack, 1.5, results, pictures, saved)
@@ -351,7 +352,7 @@ def test_json_is_strict_and_complete(store: Store, folder: Path) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"), parse_constant=refuse)
-    assert report["schema_version"] == 1
+    assert report["schema_version"] == SCHEMA_VERSION
     assert report["answer"] == answer(store)
     assert report["verdict"]["level"] == "warn"
     assert report["data"]["fingerprint"] == "d" * 64
@@ -500,7 +501,7 @@ def test_a_perturbation_is_drawn_by_its_factor(norm: str, delta: list, drawn: li
     x = np.full((1, 1, 3), 0.5, np.float32)
     x_adv = (x + np.array(delta)).astype(np.float32)
     largest = float(abs(x_adv - x).max())
-    picture = Picture("smallest", 0, 0, "pgd", 4 / 255, 1, 0.5, largest, 0.25, x, x_adv)
+    picture = Picture("smallest", 0, 0, "pgd", 4 / 255, 1, 0.5, largest, largest, 0.25, x, x_adv)
     example = Example(picture, Clean(0, "a", "", 0, 0, 0.5), norm)
     assert example.perturbation.ravel() == pytest.approx(drawn, abs=1e-5)
     assert example.factor == factor
@@ -518,7 +519,7 @@ def test_png_keeps_every_pixel(channels: int) -> None:
 
 @pytest.mark.parametrize("layout", [WIDE, NARROW])
 def test_the_curve_takes_the_colour_of_the_page(store: Store, layout: object) -> None:
-    svg = inline_svg(store.summary(), layout, "wide")  # type: ignore[arg-type]
+    svg = inline_svg(store.summary(), {}, layout, "wide")  # type: ignore[arg-type]
     assert "currentColor" in svg and "#010203" not in svg and not re.search("http|xml|xlink", svg)
     for label in ("worst case", "fgsm", "noise (control)", "4/255", "100 %"):
         assert label in svg
@@ -535,7 +536,7 @@ def test_the_curve_in_words(store: Store) -> None:
 
 def test_many_eps_get_only_the_labels_that_fit() -> None:
     eps = [k / 255 for k in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 8, 16)]
-    svg = inline_svg(make_store(eps=eps).summary(), NARROW, "narrow")
+    svg = inline_svg(make_store(eps=eps).summary(), {}, NARROW, "narrow")
     assert ">16/255<" in svg and ">0.5/255<" not in svg
 
 

@@ -1,0 +1,55 @@
+"""A comparison as JSON: everything that it holds, ids included."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from reports.files import write_text
+from robust.gate import Change, Comparison
+from robust.verdicts import Verdicts
+
+# History: 1: first.
+SCHEMA_VERSION = 1
+
+
+def write_comparison(comparison: Comparison, path: Path) -> None:
+    clean = comparison.changes[0]
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "passed": comparison.passed,
+        "answer": comparison.answer,
+        "causes": comparison.causes,
+        "notes": comparison.notes,
+        "rules": asdict(comparison.rules),
+        "baseline": _run(comparison.baseline),
+        "current": _run(comparison.current),
+        "samples": len(comparison.samples),
+        "tests": comparison.tests,
+        "rows": [_row(comparison, change, clean) for change in comparison.changes],
+        "judgements": [
+            {**asdict(judgement), "row": judgement.row and judgement.row._asdict()}
+            for judgement in comparison.judgements
+        ],
+    }
+    write_text(path, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _run(run: Verdicts) -> dict[str, Any]:
+    return {"source": run.source, "model": run.model, "data": run.data, "environment": run.environment}
+
+
+def _row(comparison: Comparison, change: Change, clean: Change) -> dict[str, Any]:
+    """One row; of clean accuracy, for which attack is "clean", the robust accuracy is the clean one."""
+    return {
+        **change.row._asdict(),
+        "clean_accuracy": {"baseline": clean.before / clean.n, "current": clean.after / clean.n},
+        "robust_accuracy": {"baseline": change.before / change.n, "current": change.after / change.n},
+        "change": change.change,
+        "ci_low": change.low,
+        "ci_high": change.high,
+        "p_value": change.p_value,
+        "p_adjusted": change.p_adjusted,
+        "fell": comparison.ids(change.fell),
+        "rose": comparison.ids(change.rose),
+    }

@@ -1,0 +1,128 @@
+"""Why a comparison fails, where that can be known, and what else differs between the two runs. Sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from robust.statistics import mcnemar
+from robust.text import format_points, visible
+from robust.units import format_count, format_eps, format_percent
+from robust.verdicts import Verdicts
+
+if TYPE_CHECKING:
+    from robust.gate import Comparison
+
+FEW = 0.05  # a drop of this share that the test cannot see is worth a note
+
+
+def causes(comparison: Comparison) -> Iterator[str]:
+    """What made the comparison fail, as far as clean accuracy, fingerprints and the runs' own checks tell."""
+    yield from (f"{failure.message}." for failure in comparison.failures if failure.rule == "checks")
+    clean = comparison.changes[0]
+    fallen = [change for change in comparison.changes if comparison.is_fall(change)]
+    if comparison.passed or not fallen:
+        return
+    same = _same_weights(comparison)
+    if clean not in fallen:
+        yield (
+            f"The clean accuracy did not fall significantly ({format_percent(clean.before, clean.n)} before, "
+            f"{format_percent(clean.after, clean.n)} now): it is robustness itself that fell."
+        )
+        if same:
+            changed = ", ".join(_circumstances(comparison))
+            yield (
+                f"The weights are the same, so it was what changed besides, or code outside of them: {changed}."
+                if changed
+                else "The weights are the same, so code outside of them changed."
+            )
+        return
+    look = (
+        "The weights and layers are the same, so look at what surrounds them, first for a normalisation that was lost"
+        if same
+        else "Look first for a normalisation that was lost or is done twice, then at the weights"
+    )
+    yield (
+        f"The clean accuracy fell by {format_points(-clean.change).lstrip('+')} points: the network errs before any "
+        f"attack. {look}."
+    )
+    yield _among_correct(comparison)
+
+
+def notes(comparison: Comparison) -> Iterator[str]:
+    """Which network, which circumstances, what could not be checked, and what was left out."""
+    baseline, current = comparison.baseline, comparison.current
+    names = [visible(str(run.model["name"])) for run in (baseline, current) if "name" in run.model]
+    if len(set(names)) == 2:
+        yield f"The model is {names[1]}, and was {names[0]}."
+    same = _same_weights(comparison)
+    if same is not None:
+        there, here = (visible(str(run.model["fingerprint"])[:8]) for run in (baseline, current))
+        yield (
+            f"The weights and layers are the same (fingerprint {here})."
+            if same
+            else f"The weights or the layers changed (fingerprint {there} → {here})."
+        )
+    if changed := ", ".join(_circumstances(comparison)):
+        yield f"Changed besides: {changed}."
+    if not (baseline.options and current.options):
+        yield "samples.csv says nothing of the attacks' options and the network: whether they agree is not checked."
+    if None in (baseline.samples.content_digest, current.samples.content_digest):
+        yield "samples.csv has no content hashes: samples are paired by id and label alone."
+    yield from _left_out(baseline, current)
+    yield from _few(comparison)
+
+
+def _same_weights(comparison: Comparison) -> bool | None:
+    there, here = (run.model.get("fingerprint") for run in (comparison.baseline, comparison.current))
+    return None if there is None or here is None else there == here
+
+
+def _circumstances(comparison: Comparison) -> Iterator[str]:
+    """What may differ between runs that can be compared: 'torch 2.11.0 → 2.15.0'."""
+    before, after = comparison.baseline, comparison.current
+    for there, here, names in (
+        (before.model, after.model, ["input_size"]),
+        (before.options, after.options, ["seed", "batch_size"]),
+        (before.environment, after.environment, list(before.environment)),
+    ):
+        for name in names:
+            if name in there and name in here and there[name] != here[name]:
+                yield visible(f"{name} {there[name]} → {here[name]}")
+
+
+def _among_correct(comparison: Comparison) -> str:
+    """Whether robustness fell as well, or only what it starts from: looked at where both networks are right."""
+    row = comparison.headline.row
+    both = comparison.baseline.clean & comparison.current.clean
+    before, after = (verdicts[both] for verdicts in comparison.pairs[row])
+    fell, rose = int((before & ~after).sum()), int((after & ~before).sum())
+    fell_too = fell > rose and mcnemar(fell, rose) <= comparison.rules.level
+    return (
+        f"Of the {format_count(len(before))} images that both classify correctly unchanged, "
+        f"{format_count(int(before.sum()))} withstood the {row} before and {format_count(int(after.sum()))} do now: "
+        f"robustness itself {'fell as well' if fell_too else 'held'}."
+    )
+
+
+def _left_out(baseline: Verdicts, current: Verdicts) -> Iterator[str]:
+    known = {row.attack for row in baseline.robust}
+    if extra := sorted({visible(row.attack) for row in current.robust if row.attack not in known}):
+        yield f"Only the current run has {', '.join(extra)}: left out, of the worst case too."
+    largest = max(row.eps for row in baseline.robust)
+    beyond = sorted({row[1:] for row in current.robust if row.eps > largest * (1 + 1e-6) and row.attack in known})
+    if beyond:
+        yield f"Only the current run has eps {', '.join(format_eps(eps, norm) for norm, eps in beyond)}: left out."
+
+
+def _few(comparison: Comparison) -> Iterator[str]:
+    """The least drop that the test could see, that in which no image rises, where it is a large one."""
+    if comparison.rules.significant:
+        n = comparison.changes[0].n
+        needed = math.ceil(math.log2(2 * comparison.tests / comparison.rules.significant))
+        if needed > FEW * n:
+            yield (
+                f"{format_count(n)} images are few: {format_count(needed)} of them would have to fall, and none rise, "
+                "before the test can tell; --plan says how many are needed."
+            )
