@@ -97,12 +97,11 @@ def _draw(summary: pd.DataFrame, distances: Nearest, layout: Layout) -> Figure:
         eps, accuracy, low, high = _points(summary[summary.attack == attack])
         # Nothing is clipped: a marker at 0 % or 100 % is drawn whole, and no clip path needs a url().
         axes.fill_between(eps, low, high, color=style["color"], alpha=0.08, linewidth=0, clip_on=False)
-        axes.plot(eps, accuracy, label=attack_label(attack), clip_on=False, **style)
         if attack in distances:
-            axes.step(
-                *_steps(summary[summary.attack == attack], distances[attack]), where="post", color=style["color"],
-                linewidth=1,
-            )  # fmt: skip
+            exact = _steps(summary[summary.attack == attack], distances[attack])
+            axes.step(*exact, where="post", color=style["color"], linewidth=style["linewidth"])
+            style |= {"linestyle": "none"}
+        axes.plot(eps, accuracy, label=attack_label(attack), clip_on=False, **style)
     ticks = _ticks(sorted(summary.eps.unique()), layout.ticks)
     norm = str(summary.norm.iloc[0])
     axes.set(

@@ -1,6 +1,7 @@
 """`robust.run`: a whole evaluation from Python; and `execute`, which the command line shares with it."""
 
 import platform
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -316,7 +317,9 @@ def _describe(attack: Any) -> dict[str, Any]:
         }
     parameters = {key: value for key, value in vars(attack).items() if not isinstance(value, nn.Module)}
     name = parameters.pop("name", None) or attack.name
-    described = (type(attack).__doc__ or "").split("\n")[0].replace("`", "")
+    first_line = (type(attack).__doc__ or "").split("\n")[0]
+    # `steps` becomes their number.
+    described = re.sub("`(.+?)`", lambda named: str(parameters.get(named[1], named[1])), first_line)
     return {"name": name, "description": described, "source": attack.source, "parameters": parameters}
 
 
