@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from attacks import engine
+from attacks import autoattack, engine
 from attacks.apgd import APGDCE, APGDDLR, APGDT
 from attacks.attack import Attack, Outcome, Task
 from attacks.autoattack import ENSEMBLES, Ensemble
@@ -76,6 +76,8 @@ def make(name: str, norm: str, targeted: bool = False, classes: int | None = Non
     if name in ENSEMBLES:
         if targeted:
             raise ValueError(f"{name} chooses its targets itself; to reach one class use apgd-ce or pgd")
+        if norm not in autoattack.NORMS:
+            raise ValueError(f"{name} has no norm {norm!r}; it has {', '.join(autoattack.NORMS)}")
         return ENSEMBLES[name](norm, 10 if classes is None else classes)
     kind = ATTACKS[name]
     if classes is not None and classes < kind.least_classes:
@@ -83,6 +85,8 @@ def make(name: str, norm: str, targeted: bool = False, classes: int | None = Non
             f"{name} needs {kind.least_classes} classes, for the logits in its loss, and the model has {classes}; "
             "use apgd-ce"
         )
+    if kind is Transfer and "surrogate" not in given:
+        raise ValueError("transfer needs a surrogate to craft on")
     known = {field.name for field in fields(kind)}
     return kind(norm=norm, targeted=targeted, **{key: given[key] for key in given if key in known})
 

@@ -140,6 +140,7 @@ class Task:
     x: Tensor  # (C, H, W) in [0, 1]
     y: int  # the label to leave or, when targeted, to reach
     rungs: int | None = None  # climb only so many of the smallest eps: it is broken already at the others
+    first: int = 0  # the rung to begin on
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,11 @@ class Outcome:
 
     `rung` is the index of the smallest eps within which it found an adversarial, None where it found none there.
     `found` says that `x_adv` is claimed to be adversarial: within that eps or, of an attack on the least
-    distance, at any distance; else it is the last point asked about. `restart` says in which of its runs (the
-    restarts for each target in turn, from 0) it was found, `component` by which part of an ensemble. `forwards` and
-    `gradients` are the evaluations made on each rung of the eps ladder: points judged, and gradients the attack
-    went on from; those of an attack on the least distance, which serve every rung, count on the first.
+    distance, at any distance; else it is the last point asked about (of an attack on the least distance, the image).
+    `restart` says in which of its runs (the restarts for each target in turn, from 0) it was found, `component` by
+    which part of an ensemble. `forwards` and `gradients` are the evaluations made on each rung of the eps ladder:
+    points judged, and gradients the attack went on from; those of an attack on the least distance, which serve every
+    rung, count on the first.
     """
 
     position: int

@@ -16,6 +16,8 @@ from attacks.attack import Attack, Outcome, Task
 from attacks.fab import FAB
 from attacks.square import Square
 
+NORMS = ("linf", "l2", "l1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ensemble:
@@ -45,9 +47,10 @@ class Ensemble:
                 slots=slots, seed=seed, draws=max(draws, self.draws), enough=eps[0],
             )  # fmt: skip
             for claimed in found:
-                outcome = replace(claimed, component=stage.name)
-                if outcome.found and outcome.rung is None:  # beyond every eps, where the ensemble does not look
-                    outcome = replace(outcome, found=False, restart=None, x_adv=standing[outcome.position].x)
+                outcome, task = replace(claimed, component=stage.name), standing[claimed.position]
+                limit = len(eps) if task.rungs is None else task.rungs
+                if outcome.found and (outcome.rung is None or outcome.rung >= limit):  # no news
+                    outcome = replace(outcome, found=False, rung=None, restart=None, x_adv=task.x)
                 outcome = _merged(done.get(outcome.position), outcome)
                 done[outcome.position] = outcome
                 if outcome.rung == 0:

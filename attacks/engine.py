@@ -41,7 +41,7 @@ def run(
     enough: attacks on the least distance stop on a sample once they have come within this.
     """
     minimal = attack.budget == "minimal"
-    queue = _climbs(model, attack, tasks, eps, slots)
+    queue = _climbs(model, attack, tasks, eps, slots, draws)
     climbs: list[_Climb] = []  # row b of the state belongs to climbs[b]
     state: State | None = None
     starting = list(islice(queue, slots))
@@ -121,9 +121,10 @@ class _Climb:
         rung = None if self.found_in is None else self.rung
         if minimal:
             rung = next((k for k, radius in enumerate(eps) if self.distance <= radius), None)
+        # The last point of a search for the least distance may lie anywhere.
         return Outcome(
             position=self.task.position,
-            x_adv=self.point,
+            x_adv=self.task.x if minimal and self.found_in is None else self.point,
             found=self.found_in is not None,
             rung=rung,
             restart=self.found_in,
@@ -145,7 +146,12 @@ def _left(state: State, done: Tensor) -> tuple[list[int], Tensor, list[float]]:
 
 
 def _climbs(
-    model: Callable[[Tensor], Tensor], attack: Attack, tasks: Iterable[Task], eps: Sequence[float], slots: int
+    model: Callable[[Tensor], Tensor],
+    attack: Attack,
+    tasks: Iterable[Task],
+    eps: Sequence[float],
+    slots: int,
+    draws: int,
 ) -> Iterator[_Climb]:
     """A climb for each task, with its targets: the wrong classes that the model finds likeliest."""
     queue = iter(tasks)
@@ -155,15 +161,15 @@ def _climbs(
         if attack.targets:
             x, y = torch.stack([task.x for task in batch]), torch.tensor([task.y for task in batch])
             with torch.no_grad():
-                logits = model(padded(x, slots))[: len(batch)]
+                logits = torch.stack([model(padded(x, slots))[: len(batch)] for _ in range(draws)]).mean(0)
             wrong = logits.scatter(1, y.to(logits.device)[:, None], -torch.inf).argsort(1, descending=True)
             targets = wrong[:, : min(attack.targets, logits.shape[1] - 1)].tolist()
         for task, wanted in zip(batch, targets, strict=True):
-            # Looking which classes are likely cost one forward.
-            forwards = [int(attack.targets > 0), *[0] * (len(eps) - 1)]
+            # Looking which classes are likely cost a forward.
+            forwards = [draws if attack.targets else 0, *[0] * (len(eps) - 1)]
             runs = [target for target in wanted for _ in range(attack.restarts)]
             rungs = min(ladder, len(eps) if task.rungs is None else task.rungs)
-            yield _Climb(task, runs, rungs, forwards, [0] * len(eps))
+            yield _Climb(task, runs, rungs, forwards, [0] * len(eps), rung=min(task.first, rungs - 1))
 
 
 def _begin(attack: Attack, climbs: Sequence[_Climb], eps: Sequence[float], seed: int) -> State:
@@ -176,7 +182,8 @@ def _begin(attack: Attack, climbs: Sequence[_Climb], eps: Sequence[float], seed:
         "x": x,
         "y": column([climb.task.y for climb in climbs]),
         "target": column([climb.targets[climb.run] for climb in climbs]),
-        "eps": column([eps[climb.rung] for climb in climbs]).to(x),
+        # To an attack on the least distance eps is only a scale, and must not depend on the smaller ones asked for.
+        "eps": column([eps[-1 if attack.budget == "minimal" else climb.rung] for climb in climbs]).to(x),
         "query": x.clone(),
         "asked": torch.zeros(len(climbs), dtype=torch.long, device=x.device),
     }

@@ -91,16 +91,13 @@ class FMN(Attack):
         gamma = 0.001 + (self.gamma - 0.001) * fade
         size = (STEP[self.norm] if self.step_size is None else self.step_size) * (0.01 + 0.99 * fade)
         state.radius = self._radius(state, logits, grad, gamma)
-        searching, closer = turn >= 0, search_radius(state, turn)
+        searching = turn >= 0
         best = state.best - state.x
         if self.norm == "l0":
-            delta, gain = self._saturated(state, grad, size)
-            delta, gain = (torch.where(per_slot(searching, grad), best, values) for values in (delta, gain))
-            closer = torch.minimum(closer, state.best_distance - 1)
-            delta *= self.ball.project_(gain, torch.where(searching, closer, state.radius)) != 0
+            delta = torch.where(per_slot(searching, grad), thinned(best, turn), self._sparse(state, grad, size))
         else:
             delta = torch.where(per_slot(searching, grad), best, self._moved(state, grad, size))
-            radius = torch.where(searching, closer, state.radius)
+            radius = torch.where(searching, search_radius(state, turn), state.radius)
             delta = project_l1_box(state.x, delta, radius) if self.norm == "l1" else self.ball.project_(delta, radius)
         state.query = delta.add_(state.x).clamp_(0, 1)
         return state
@@ -127,11 +124,12 @@ class FMN(Attack):
             return delta
         return delta.mul_(per_slot((state.radius / self.ball.distance(delta).clamp(min=TINY)).clamp(min=1), delta))
 
-    def _saturated(self, state: FMNState, grad: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-        """The perturbation after a step of every value, and what each of them adds to the margin."""
+    def _sparse(self, state: FMNState, grad: Tensor, size: Tensor) -> Tensor:
+        """The perturbation after a step of every value, of those only that add most to the margin."""
         state.direction = state.direction.lerp(NORMS["l2"].steepest_(grad), 1 - MOMENTUM)
         delta = torch.addcmul(state.query, state.direction.sign(), per_slot(size, grad)).clamp_(0, 1).sub_(state.x)
-        return delta, (delta * state.direction).clamp_(min=0)
+        gain = (delta * state.direction).clamp_(min=0)
+        return delta.mul_(self.ball.project_(gain, state.radius) != 0)
 
 
 def start(state: MinimalState, random: Tensor, noise: Noise) -> Tensor:
@@ -152,6 +150,18 @@ def schedule(state: MinimalState, steps: int) -> tuple[Tensor, Tensor]:
 def search_radius(state: MinimalState, turn: Tensor) -> Tensor:
     """(B,): where to ask next between the best point and the image, in a bisection that begins at WIDTH."""
     return state.best_distance * (1 - WIDTH * 0.5**turn)
+
+
+def thinned(best: Tensor, turn: Tensor) -> Tensor:
+    """A perturbation without the smaller half of its values, at the next turn without the least quarter, down to one
+    value, which then is another at each turn.
+    """
+    sizes = best.flatten(1).abs()
+    ranks = torch.where(sizes > 0, sizes, torch.inf).argsort(1).argsort(1)
+    some = ((sizes > 0).sum(1) * 0.5 ** (turn + 1)).floor().clamp(min=1)
+    first = torch.where(some > 1, 0, turn)
+    dropped = (ranks >= first[:, None]) & (ranks < (first + some)[:, None])
+    return best * ~dropped.view_as(best)
 
 
 def alive(grad: Tensor, direction: Tensor) -> Tensor:

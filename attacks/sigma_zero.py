@@ -4,7 +4,6 @@ Adam descends on the margin that is left plus a smooth count of the changed valu
 a threshold is put back after each step. The threshold rises after an adversarial point and falls after another.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attacks.attack import Attack, MinimalState
-from attacks.fmn import alive, start
+from attacks.fmn import alive, schedule, start, thinned
 from attacks.losses import margin
 from attacks.noise import Noise
 from attacks.norms import NORMS, per_slot
@@ -80,16 +79,19 @@ class SigmaZero(Attack):
         grad.div_(per_slot(NORMS["linf"].distance(grad), grad))
         state.mean = state.mean.lerp(grad, 1 - DECAY)
         state.mean_square = state.mean_square.mul(DECAY_SQUARE).addcmul_(grad, grad, value=1 - DECAY_SQUARE)
-        fade = (1 + torch.cos(math.pi * ((state.asked - 1) / self.steps))) / 2
+        fade, turn = schedule(state, self.steps)
         size = self.step_size * (0.1 + 0.9 * fade)
-        # Both means begin at zero; this is what they would be otherwise.
-        unbiased = (1 - DECAY_SQUARE**state.asked).sqrt() / (1 - DECAY**state.asked)
-        move = torch.div(state.mean, state.mean_square.sqrt().add_(1e-8)).mul_(per_slot(size * unbiased, grad))
+        # Both means begin at zero; without that they would be larger by these.
+        mean_bias, square_bias = (per_slot(1 - decay**state.asked, grad) for decay in (DECAY, DECAY_SQUARE))
+        spread = torch.div(state.mean_square, square_bias).sqrt_().add_(1e-8)
+        move = torch.div(state.mean, spread).mul_(per_slot(size, grad) / mean_bias)
         delta = (state.query - move).clamp_(0, 1).sub_(state.x)
 
         fooled = self.fools(logits.argmax(1), state)
         drift = torch.where(fooled, self.threshold_rate, -self.threshold_rate) * size
         state.threshold = (state.threshold + drift).clamp(0, 1)
         delta.mul_(delta.abs() >= per_slot(state.threshold, delta))
+        fewer = thinned(state.best - state.x, turn)
+        delta = torch.where(per_slot(turn >= 0, delta), fewer, delta)
         state.query = delta.add_(state.x).clamp_(0, 1)
         return state

@@ -135,6 +135,8 @@ def run(
     )
     if resume and output is None:
         raise InputError("resume needs the output of the run to continue")
+    if not isinstance(model, nn.Module | Model | str):
+        raise InputError(f"model must be an nn.Module or a spec, not a {type(model).__name__}; wrap it in a module")
     if class_names is not None and not isinstance(model, nn.Module):
         raise InputError("class_names go with a module; a model by its spec has names of its own")
     if isinstance(model, str):
@@ -275,7 +277,13 @@ def _check_reads(surrogate: nn.Module, name: str, first: Sample) -> None:
         with frozen(surrogate):
             channels, height, width = first.x.shape
             count_classes(surrogate, (channels, height, width))
-    except InputError:
+            with torch.random.fork_rng(), torch.enable_grad():
+                x = torch.rand(2, *first.x.shape, device=_device_of(surrogate)).requires_grad_()
+                if not surrogate(x).requires_grad:
+                    raise InputError(f"the surrogate {name} passes no gradient to its input; name one that does")
+    except InputError as error:
+        if "passes no gradient" in str(error):
+            raise
         size = " x ".join(map(str, first.x.shape))
         raise InputError(
             f"the surrogate {name} cannot read the model's images of {size}; name one of the same input size"

@@ -238,7 +238,7 @@ def _print_attacks() -> None:
     for name, standard in attacks.ENSEMBLES.items():
         ensemble = standard("linf", 10)
         parts = " + ".join(stage.name for stage in ensemble.stages)
-        rows.append((name, "linf l2 l1", "ensemble", parts, ensemble.source))
+        rows.append((name, " ".join(attacks.autoattack.NORMS), "ensemble", parts, ensemble.source))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
         print(*(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)), sep="  ")

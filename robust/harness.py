@@ -39,6 +39,7 @@ TOLERANCE = 1e-6
 HALF_ULP = 2**-25
 
 PREFLIGHT_IMAGES = 8
+PUSHES = (1.001, 1.01, 1.05)  # how far out the nearest point is tried again, each on top of the one before
 
 
 class Listener(Protocol):
@@ -54,6 +55,7 @@ class Plan:
     attacks: tuple[attacks.AnyAttack, ...]
     target: int | None  # class index
     device: torch.device
+    surrogate: nn.Module | None = None
 
 
 def plan(options: Options, model: Model, class_names: Sequence[str] | None, surrogate: Model | None = None) -> Plan:
@@ -78,7 +80,7 @@ def plan(options: Options, model: Model, class_names: Sequence[str] | None, surr
                     restarts=options.restarts,
                     random_start=options.random_start,
                     queries=options.queries,
-                    surrogate=None if surrogate is None else surrogate.module.to(device).eval().requires_grad_(False),
+                    surrogate=None if surrogate is None else surrogate.module,
                 )
             )
         except KeyError:
@@ -87,7 +89,7 @@ def plan(options: Options, model: Model, class_names: Sequence[str] | None, surr
             raise InputError(str(error)) from None
     named = replace(model, class_names=tuple(class_names) if class_names else None)
     target = None if options.target is None else label_of(options.target, named, "target")
-    return Plan(tuple(made), target, device)
+    return Plan(tuple(made), target, device, None if surrogate is None else surrogate.module)
 
 
 def pick_device(name: str) -> torch.device:
@@ -116,7 +118,13 @@ def evaluate(
     """
     failed: dict[str, str] = {}
     left_out: list[str] = []
-    with _on(model.module, plan.device), frozen(model.module), _deterministic(), _own_randomness(plan.device):
+    with contextlib.ExitStack() as stack:
+        for module in (model.module, plan.surrogate):
+            if module is not None:
+                stack.enter_context(_on(module, plan.device))
+                stack.enter_context(frozen(module))
+        stack.enter_context(_deterministic())
+        stack.enter_context(_own_randomness(plan.device))
         job: _Job | None = None
         end = 0
         samples = _attackable(data, plan.target, left_out)
@@ -245,14 +253,22 @@ class _Job:
         }
         claims = self._run(self.twin, attack, list(tasks.values()), listener)
         verified = self._verify(attack, claims, tasks)
-        refuted = [v.outcome for v in verified if v.outcome.found and not v.fooled]
         overlooked = sum(not v.outcome.found and v.fooled for v in verified)
-        if refuted:
-            again = self._run(self.model.module, attack, [tasks[claim.position] for claim in refuted])
-            counted = [_with_counts(new, old) for new, old in zip(again, refuted, strict=True)]
-            by_position = {v.outcome.position: v for v in (*verified, *self._verify(attack, counted, tasks))}
-            verified = [by_position[row.position] for row in right]
         by_position = {v.outcome.position: v for v in verified}
+        refuted = [v.outcome for v in verified if _refuted(v)]
+        again = [(claim, 0) for claim in refuted]
+        while again:
+            begun = [replace(tasks[claim.position], first=first) for claim, first in again]
+            new = self._run(self.model.module, attack, begun)
+            counted = [_with_counts(late, early) for late, (early, _) in zip(new, again, strict=True)]
+            begun_on = {task.position: task.first for task in begun}
+            anew = self._verify(attack, counted, tasks)
+            by_position |= {v.outcome.position: v for v in anew}
+            # What a random model refutes even then is attacked at the larger eps, if there are any.
+            still = [v.outcome for v in anew if _refuted(v) and v.outcome.rung is not None]
+            again = [(claim, max(claim.rung or 0, begun_on[claim.position]) + 1) for claim in still]
+            again = [(claim, first) for claim, first in again if first < len(self.options.eps)]
+        verified = [by_position[row.position] for row in right]
         seconds = time.perf_counter() - began
         self.store.add_unit(
             start,
@@ -275,7 +291,7 @@ class _Job:
             nearest=[
                 (v.outcome.position, v.distances[self.options.norm])
                 for v in verified
-                if v.fooled and isinstance(attack, attacks.Attack) and attack.budget == "minimal"
+                if v.fooled and _is_minimal(attack)
             ],
             components=_components(attack, [v for v in verified if self._broken(v)]),
             refuted=len(refuted),
@@ -310,6 +326,17 @@ class _Job:
         y = torch.tensor([tasks[claim.position].y for claim in claims], device=x.device)
         x_adv = torch.stack([claim.x_adv for claim in claims])
         pred, confidence = self._predict(x_adv)
+        if _is_minimal(attack):
+            # The nearest point lies on the boundary, where rounding decides: a little farther out it does not.
+            found = torch.tensor([claim.found for claim in claims], device=x.device)
+            for factor in PUSHES:
+                rows = (found & ~self._fools(pred, y)).nonzero().squeeze(1)
+                if len(rows) == 0:
+                    break
+                pushed = (x[rows] + factor * (x_adv[rows] - x[rows])).clamp_(0, 1)
+                pred[rows], confidence[rows] = self._predict(pushed)
+                x_adv[rows] = pushed
+            claims = [replace(claim, rung=None) if claim.found else claim for claim in claims]
         delta = x_adv.double() - x.double()
         distances = {norm: ball.distance(delta) for norm, ball in NORMS.items()}
         distance = distances[self.options.norm]
@@ -449,6 +476,14 @@ def within(distance: Any, eps: Any, norm: str, pixels: int) -> Any:
     return distance <= eps * (1 + TOLERANCE) + TOLERANCE + rounding
 
 
+def _refuted(verified: _Verified) -> bool:
+    return verified.outcome.found and not verified.fooled
+
+
+def _is_minimal(attack: attacks.AnyAttack) -> bool:
+    return isinstance(attack, attacks.Attack) and attack.budget == "minimal"
+
+
 def needs_gradient(attack: attacks.AnyAttack) -> bool:
     """Whether an attack cannot do without the model's; foolbox's do not say."""
     if isinstance(attack, attacks.Ensemble):
@@ -471,7 +506,9 @@ def round_to_8bit(x: Tensor, x_adv: Tensor, eps: float, norm: str) -> Tensor:
         towards = (x * 255).round() + ((x_adv - x) * 255).trunc()
         leaves = NORMS[norm].distance(levels / 255 - x) > eps
         levels = torch.where(per_slot(leaves, x), towards, levels)
-    return levels.clamp(0, 255) / 255
+    rounded = levels.clamp(0, 255) / 255
+    # Where few values change, rounding the others too would be most of the distance.
+    return torch.where(x_adv == x, x, rounded) if norm in ("l1", "l0") else rounded
 
 
 def _logits(module: nn.Module, x: Tensor, num_classes: int) -> Tensor:

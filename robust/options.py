@@ -79,6 +79,8 @@ class Options:
             1, steps=self.steps, restarts=self.restarts, queries=self.queries, eot=self.eot,
             batch_size=self.batch_size, limit=self.limit,
         )  # fmt: skip
+        if self.draws > 1 and (foreign := [name for name in self.attacks if name.startswith("foolbox:")]):
+            raise InputError(f"{foreign[0]} knows no votes over several draws; leave it out of a run with --eot")
         if self.surrogate is None and "transfer" in self.attacks:
             raise InputError("attack transfer crafts on another network; name it with --surrogate")
         if self.surrogate is not None and "transfer" not in self.attacks:
@@ -91,7 +93,7 @@ class Options:
     @property
     def draws(self) -> int:
         """Evaluations of each point, of which the verdict is the vote."""
-        return self.eot or (RAND_DRAWS if "autoattack-rand" in self.attacks else 1)
+        return max(self.eot or 1, RAND_DRAWS if "autoattack-rand" in self.attacks else 1)
 
     def suited_to(self, shape: Sequence[int], device: str) -> "Options":
         """These options for images of `shape` (C, H, W) on `device`: eps rising, each once, defaults filled in."""
@@ -99,9 +101,10 @@ class Options:
         # The farthest corner of the box; people who think in 0 .. 255 ask for more.
         farthest = math.sqrt(math.prod(shape)) if self.norm == "l2" else math.prod(shape)
         if self.norm != "linf" and self.eps and max(self.eps) > farthest:
+            hint = "" if self.norm == "l0" else f"; did you mean {max(self.eps):g}/255?"
             raise InputError(
-                f"eps {max(self.eps):g} is larger than any change of an image of {math.prod(shape)} pixels in [0, 1]; "
-                f"did you mean {max(self.eps):g}/255?"
+                f"eps {max(self.eps):g} is larger than any change of an image of {math.prod(shape)} values in [0, 1]"
+                + hint
             )
         digits, thumbnails = channels == 1 and height <= 32, height <= 64
         table = _DIGIT_EPS if digits else _THUMBNAIL_EPS if thumbnails else _PHOTO_EPS

@@ -150,6 +150,8 @@ def sample_size(drop: float, churn: float = CHURN, power: float = 0.8, significa
 
 def distance(samples: pd.DataFrame) -> pd.Series:
     """The distance of each row's adversarial in the row's own norm."""
+    if samples.empty:
+        return pd.Series(dtype=float)
     own = [samples[f"distance_{norm}"].where(samples.norm == norm) for norm in samples.norm.unique()]
     return own[0] if len(own) == 1 else pd.concat(own, axis=1).bfill(axis=1).iloc[:, 0]
 

@@ -66,6 +66,38 @@ def test_the_report_draws_the_exact_curve_and_says_the_median(model, data, tmp_p
     assert half is None or f"{half * 255:.3g}/255" in text or f"{half:.3g}" in text
 
 
+@pytest.mark.parametrize(("name", "norm"), [("fmn", "linf"), ("fab-t", "l2"), ("ddn", "l2"), ("sigma-zero", "l0")])
+def test_a_search_that_finds_nothing_is_no_bug(data, name, norm):
+    class Sure(nn.Module):
+        def forward(self, x):
+            return conv_net()(x) * 0.01 + 50 * torch.eye(5)[0]
+
+    run = (
+        robust.run(Sure(), (data[0], 0 * data[1]), attacks=[name], norm=norm, eps=2, steps=5)
+        if norm == "l0"
+        else (robust.run(Sure(), (data[0], 0 * data[1]), attacks=[name], norm=norm, eps=0.1, steps=5))
+    )
+    assert not run.samples.success.any() and not run.store.nearest(name)
+    assert run.summary.robust_accuracy.eq(1).all() and run.answer
+
+
+def test_a_nearest_point_that_rounding_refutes_is_tried_a_little_farther_out(model, data, monkeypatch):
+    # A twin that errs a little too early: what is nearest on it is not adversarial on the model.
+    class Early(nn.Module):
+        def forward(self, x):
+            logits = model(x)
+            best = logits.detach().argmax(1, keepdim=True)
+            return logits.scatter_add(1, best, torch.full_like(logits[:, :1], -1e-4))
+
+    monkeypatch.setattr(robust.harness, "fast_twin", lambda module, x: (Early(), "early"))
+    run = robust.run(model, data, attacks=["fmn"], eps=0.02, steps=40)
+    monkeypatch.undo()
+    honest = robust.run(model, data, attacks=["fmn"], eps=0.02, steps=40)
+    ours, theirs = run.store.nearest("fmn"), honest.store.nearest("fmn")
+    assert ours.keys() == theirs.keys() and len(ours) > 20
+    assert all(ours[k] <= 1.07 * theirs[k] for k in ours)
+
+
 # Other norms
 
 
@@ -88,6 +120,12 @@ def test_every_success_in_l1_and_l0_stands_up_to_an_independent_check(model, dat
             assert row.success == (size <= radius * (1 + 1e-5))
             if row.success:
                 assert row[f"distance_{norm}"] == pytest.approx(size)
+
+
+def test_in_l0_values_that_do_not_change_are_not_rounded(model):
+    x = images(20)  # between the 256 levels
+    run = robust.run(model, (x, model(x).argmax(1)), attacks=["fmn"], norm="l0", eps=60, steps=40)
+    assert run.summary.robust_accuracy_8bit.iloc[0] < 0.5
 
 
 def test_l0_counts_whole_values():
@@ -146,6 +184,31 @@ def test_square_that_beats_gradients_is_a_warning():
     assert findings(run)["square against gradients"].level == "warn"
 
 
+def test_a_later_part_never_makes_a_sample_robust_again(model, data):
+    class Far(attacks.ATTACKS["fmn"]):
+        """Finds something, but only far out."""
+
+        name, queries = "far", 1
+
+        def init(self, state, noise):
+            state.query = 1 - state.x.round()
+            return state
+
+    x, y = data
+    eps = [0.005, 0.02, 0.05, 0.5, 1.0]
+    first = attacks.make("apgd-ce", "linf", steps=20)
+    ensemble = attacks.Ensemble(name="two", norm="linf", stages=(first, Far(norm="linf")))
+    tasks = [attacks.Task(k, k, x[k], int(y[k])) for k in range(len(x))]
+    alone, both = (
+        {o.position: o for o in attacks.run(model, attack, tasks, eps, slots=30, seed=0)}
+        for attack in (first, ensemble)
+    )
+    for k, outcome in alone.items():
+        assert both[k].rung is not None and both[k].rung <= (4 if outcome.rung is None else outcome.rung)
+        assert both[k].component == "apgd-ce" or outcome.rung is None
+    assert len({outcome.rung for outcome in alone.values()}) > 2
+
+
 # Random models
 
 
@@ -186,6 +249,14 @@ def test_the_global_random_state_is_as_it_was(data):
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def test_what_a_random_model_refutes_is_attacked_at_the_larger_eps(data):
+    model = Jittery(float(conv_net()(data[0]).std().detach()) * 0.2)
+    run = robust.run(model, data, attacks=["pgd"], eps=[0.01, 0.3, 0.6], steps=10, eot=3)
+    refuted, _ = run.store.twin_disagreements()
+    assert refuted > 0
+    assert run.summary[run.summary.attack == "pgd"].robust_accuracy.iloc[-1] < 0.2
+
+
 # Surrogates
 
 
@@ -198,6 +269,20 @@ def test_transfer_needs_a_surrogate_of_the_same_classes_and_size(model, data):
         robust.run(model, data, attacks=["transfer"], eps=0.02, surrogate=conv_net(classes=3))
     with pytest.raises(InputError, match="cannot read the model's images of 3 x 12 x 12"):
         robust.run(model, data, attacks=["transfer"], eps=0.02, surrogate=nn.Sequential(nn.Flatten(), nn.Linear(7, 5)))
+
+
+def test_a_surrogate_comes_back_as_it_was_and_needs_a_gradient(model, data):
+    surrogate = conv_net(seed=3).train()
+    robust.run(model, data, attacks=["transfer"], eps=0.02, surrogate=surrogate)
+    assert surrogate.training and all(parameter.requires_grad for parameter in surrogate.parameters())
+
+    class Blind(nn.Module):
+        @torch.no_grad()
+        def forward(self, x):
+            return surrogate(x)
+
+    with pytest.raises(InputError, match="passes no gradient"):
+        robust.run(model, data, attacks=["transfer"], eps=0.02, surrogate=Blind().eval())
 
 
 def test_transfer_counts_only_what_the_model_was_asked(model, data):
