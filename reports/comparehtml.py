@@ -35,6 +35,8 @@ def write_page(comparison: Comparison, current: Path, path: Path) -> None:
         if len(text.encode()) < LIMIT:
             break
     write_text(path, text)
+    if store is not None:
+        store.close()
 
 
 def _view(example: Example, class_names: Sequence[str] | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shlex
 import signal
 import sqlite3
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import attacks
 import robust.evaluate
 from robust import cli
 from robust.statistics import SUMMARY_COLUMNS
@@ -149,7 +151,17 @@ def test_lists(project, capsys):
     _, models, _ = run("--list-models", capsys)
     assert {"efficientnet_lite0", "resnet50"} <= {line.strip() for line in models.splitlines()}
     _, known, _ = run("--list-attacks", capsys)
-    assert {"fgsm", "pgd", "noise", "foolbox:LinfDeepFoolAttack"} <= set(known.splitlines())
+    named = {line.split()[0]: line for line in known.splitlines()}
+    assert named.keys() == {"name", *attacks.names()}
+    assert named["fmn"].split() == (
+        "fmn linf l2 l1 l0 gradients, least distance 1 forward, 1 gradient arXiv 2102.12827".split()
+    )
+
+
+def test_every_attack_is_documented():
+    text = (ROOT / "docs" / "attacks.md").read_text()
+    named = set(re.findall(r"\*\*([a-z-]+)\*\*", text))
+    assert named == {*attacks.ATTACKS, *attacks.ENSEMBLES}
 
 
 @pytest.mark.parametrize(

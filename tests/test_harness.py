@@ -203,7 +203,10 @@ def test_rounding_to_8_bits_lands_on_the_grid_and_in_the_ball(norm, levels, seed
     eps = levels / 255 * (1 if norm == "linf" else 5)
     delta = NORMS[norm].project_(torch.randn(x.shape, generator=g) * eps, torch.full((3,), eps))
     rounded = round_to_8bit(x, (x + delta).clamp(0, 1), eps, norm)
-    torch.testing.assert_close(rounded * 255, (rounded * 255).round(), atol=1e-4, rtol=0)
+    # In l1 and l0, where few values change, the others stay as they are.
+    lands = torch.ones_like(x, dtype=torch.bool) if norm in ("linf", "l2") else (x + delta).clamp(0, 1) != x
+    torch.testing.assert_close(rounded[lands] * 255, (rounded[lands] * 255).round(), atol=1e-4, rtol=0)
+    assert torch.equal(rounded[~lands], x[~lands])
     assert float(rounded.min()) >= 0 and float(rounded.max()) <= 1
     if on_grid:
         assert bool(within(NORMS[norm].distance(rounded - x), eps, norm, 32).all())
