@@ -87,7 +87,8 @@ def write_baseline(verdicts: Verdicts, path: Path) -> None:
 
     baseline = {
         "schema_version": SCHEMA_VERSION,
-        "environment": verdicts.environment,
+        # Threads are a matter of who ran it, beside what: a parallel pytest has fewer.
+        "environment": {key: value for key, value in verdicts.environment.items() if key != "threads"},
         "model": _part(verdicts.model, "name", "fingerprint", "num_classes", "input_size"),
         # Of a path only its end: the same on every machine.
         "data": {**_part(verdicts.data, "fingerprint"), "name": PurePath(str(verdicts.data.get("name"))).name},
