@@ -1,0 +1,78 @@
+"""What every rung of the ladder offers: a convolution and its two gradients, on weights packed once."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from robust.conv.geometry import Geometry, Pair
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What is done with a sum before it is stored: y = relu(sum · scale + shift + residual), each part optional.
+
+    `scale` and `shift` are (K,), in eval mode a batch-norm's or a bias; `residual` is of the output's shape.
+    """
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    residual: Tensor | None = None
+    relu: bool = False
+
+    def apply_(self, y: Tensor) -> Tensor:
+        """In place on (N, K, P, Q), for algorithms that do not fuse it."""
+        if self.scale is not None:
+            y.mul_(self.scale.view(-1, 1, 1))
+        if self.shift is not None:
+            y.add_(self.shift.view(-1, 1, 1))
+        if self.residual is not None:
+            y.add_(self.residual)
+        return y.relu_() if self.relu else y
+
+
+class Algorithm(Protocol):
+    """One way to compute a convolution; a module or an object.
+
+    x is (N, C, H, W), weight (K, C / groups, R, S), y and its gradient g (N, K, P, Q). Tensors come in any memory
+    format, on one device and of one dtype, with shapes that fit: `functional` has checked them. Results are
+    channels_last in memory. N may be 0.
+    """
+
+    def misfit(self, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why it cannot do this, in words that complete "winograd ...", or None."""
+
+    def pack(self, weight: Tensor, geometry: Geometry) -> list[Tensor]:
+        """The weight as `forward` wants it; for frozen networks this is done once."""
+
+    def forward(self, x: Tensor, packed: list[Tensor], geometry: Geometry, epilogue: Epilogue) -> Tensor:
+        """y, (N, K, P, Q)."""
+
+    def pack_input_grad(self, weight: Tensor, geometry: Geometry) -> list[Tensor]:
+        """The weight as `input_grad` wants it."""
+
+    def input_grad(self, g: Tensor, packed: list[Tensor], geometry: Geometry, size: Pair) -> Tensor:
+        """The gradient (N, C, *size) at the input, from that at the output."""
+
+    def weight_grad(self, x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
+        """The gradient (K, C / groups, R, S) at the weight."""
+
+
+ALGORITHMS = {
+    "direct": "robust.conv.direct",  # the sliding window, in loops
+    "toeplitz": "robust.conv.toeplitz",  # one sparse matrix
+    "im2col": "robust.conv.im2col",  # windows as rows, one matrix product
+    "winograd2": "robust.conv.winograd:F2",  # 3 x 3 windows, 2 x 2 outputs from 16 products
+    "winograd4": "robust.conv.winograd:F4",  # 3 x 3 windows, 4 x 4 outputs from 36 products
+    "triton": "robust.conv.kernels",  # implicit matrix product on a GPU, or in Triton's interpreter
+}
+"""Name -> module, or module:object, that is the Algorithm; imported on use, for Triton may be missing."""
+
+
+def algorithm(name: str) -> Algorithm:
+    """The algorithm of that name. KeyError for an unknown one, ImportError where what it needs is missing."""
+    module, _, attribute = ALGORITHMS[name].partition(":")
+    found: Any = import_module(module)
+    return getattr(found, attribute) if attribute else found
