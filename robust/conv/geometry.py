@@ -9,7 +9,7 @@ Pair = tuple[int, int]  # (rows, columns)
 
 @dataclass(frozen=True)
 class Geometry:
-    """A convolution but for its numbers: output (p, q) sees inputs (p·stride - padding + r·dilation, ...), taps r < kernel.
+    """A convolution but for its numbers: output p sees the inputs p·stride - padding + r·dilation, r < kernel, by axis.
 
     `padding` is zeros on both sides of each axis. Of C input channels, group g of `groups` reads those from g·C/groups
     on, and makes as many of the output channels.
