@@ -22,12 +22,13 @@ class Epilogue:
     residual: Tensor | None = None
     relu: bool = False
 
-    def apply_(self, y: Tensor) -> Tensor:
-        """In place on (N, K, P, Q), for algorithms that do not fuse it."""
+    def apply_(self, y: Tensor, axis: int = 1) -> Tensor:
+        """In place on y, whose channels are on `axis`, for algorithms that do not fuse it."""
+        tail = (1,) * (y.ndim - 1 - axis % y.ndim)
         if self.scale is not None:
-            y.mul_(self.scale.view(-1, 1, 1))
+            y.mul_(self.scale.view(-1, *tail))
         if self.shift is not None:
-            y.add_(self.shift.view(-1, 1, 1))
+            y.add_(self.shift.view(-1, *tail))
         if self.residual is not None:
             y.add_(self.residual)
         return y.relu_() if self.relu else y
@@ -53,8 +54,13 @@ class Algorithm(Protocol):
     def pack_input_grad(self, weight: Tensor, geometry: Geometry) -> list[Tensor]:
         """The weight as `input_grad` wants it."""
 
-    def input_grad(self, g: Tensor, packed: list[Tensor], geometry: Geometry, size: Pair) -> Tensor:
-        """The gradient (N, C, *size) at the input, from that at the output."""
+    def input_grad(
+        self, g: Tensor, packed: list[Tensor], geometry: Geometry, size: Pair, mask: Tensor | None = None
+    ) -> Tensor:
+        """The gradient (N, C, *size) at the input, from that at the output, which counts where `mask` > 0.
+
+        The mask is a ReLU's output: its gradient then needs no pass over memory of its own.
+        """
 
     def weight_grad(self, x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
         """The gradient (K, C / groups, R, S) at the weight."""

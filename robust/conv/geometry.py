@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Pair = tuple[int, int]  # (rows, columns)
 
@@ -33,7 +33,17 @@ class Geometry:
             for n, padding, extent, stride in zip(size, self.padding, self.extent, self.stride, strict=True)
         )
 
-    def phases(self, size: Pair) -> Iterator[tuple["Phase", "Phase"]]:
+    def whole(self, size: Pair) -> "Axes":
+        """The convolution itself, written as a `Phase` an axis: all outputs, all taps. Its stride goes beside it."""
+        rows, columns = (
+            Phase(0, count, tuple(range(kernel)), padding, dilation)
+            for count, kernel, padding, dilation in zip(
+                self.output_size(size), self.kernel, self.padding, self.dilation, strict=True
+            )
+        )
+        return rows, columns
+
+    def phases(self, size: Pair) -> Iterator["Axes"]:
         """The input gradient as stride[0]·stride[1] small convolutions with stride 1; see `Phase`."""
         rows, columns = (
             [Phase.of(offset, n, kernel, stride, padding, dilation) for offset in range(min(stride, n))]
@@ -61,6 +71,15 @@ class Phase:
     before: int
     dilation: int
 
+    def edges(self, size: int, stride: int = 1) -> Pair:
+        """Zeros wanted before and after an axis of `size` by the windows on it; negative where pixels are not seen."""
+        last = (self.count - 1) * stride + (len(self.taps) - 1) * self.dilation
+        return self.before, last - self.before - (size - 1)
+
+    def part(self, lines: slice, stride: int = 1) -> "Phase":
+        """The same, of a few of its pixels alone."""
+        return replace(self, count=lines.stop - lines.start, before=self.before - lines.start * stride)
+
     @classmethod
     def of(cls, offset: int, size: int, kernel: int, stride: int, padding: int, dilation: int) -> "Phase":
         # Output p saw pixel h = offset + i·stride through tap r where p·stride = h + padding - r·dilation.
@@ -73,6 +92,9 @@ class Phase:
             before=-((offset + padding - last * dilation) // stride),
             dilation=dilation // math.gcd(stride, dilation),
         )
+
+
+Axes = tuple[Phase, Phase]  # (rows, columns)
 
 
 def _pair(values: Iterator[int]) -> Pair:
