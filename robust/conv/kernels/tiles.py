@@ -1,0 +1,86 @@
+"""The static table of configurations: how much of a product one program computes, by the shape of the product."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import triton
+
+Precision = Literal["half", "tf32", "ieee"]
+FULL = 132  # programs at once that a large GPU has room for: an H100 has as many multiprocessors
+LEAST_SHARE = 8  # tiles of pixels in a split, at least: below, adding the splits up costs more than they save
+
+
+@dataclass(frozen=True)
+class Tile:
+    """(m, n) of a product's result, and k of the axis that is summed, at a time."""
+
+    m: int
+    n: int
+    k: int
+    warps: int = 4
+    stages: int = 3
+
+
+# 64 16-bit or 32 32-bit numbers are 128 bytes, the row of a swizzled tile. Four warps are one warpgroup, whose
+# registers hold the sums of 128 x 128, and three stages leave room for a second program on a multiprocessor, which
+# computes while the first one stores. Eight warps only where `gemm` has no loop over taps. Without tensor cores,
+# products are bound by arithmetic and a tile by its registers.
+TILES: dict[tuple[Precision, str], Tile] = {
+    ("half", "wide"): Tile(128, 128, 64),
+    ("half", "narrow"): Tile(128, 64, 64),
+    ("half", "few"): Tile(64, 64, 64),
+    ("half", "deep"): Tile(128, 256, 64, warps=8),
+    ("tf32", "wide"): Tile(128, 128, 32),
+    ("tf32", "narrow"): Tile(128, 64, 32),
+    ("tf32", "few"): Tile(64, 64, 32),
+    ("tf32", "deep"): Tile(128, 256, 32, warps=8),
+    ("ieee", "wide"): Tile(64, 64, 16),
+    ("ieee", "narrow"): Tile(64, 64, 16),
+    ("ieee", "few"): Tile(64, 32, 16),
+    ("ieee", "deep"): Tile(64, 64, 16),
+}
+DEPTHWISE = Tile(32, 64, 1)  # m pixels and n channels
+
+
+def precision(dtype: torch.dtype) -> Precision:
+    """How products are formed: those of fp32 by tf32 where torch's matrix products are."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def convolution_tile(how: Precision, m: int, n: int, k: int, taps: int, groups: int) -> Tile:
+    """For `groups` products of (m, taps·k) with (taps·k, n), k channels of a tap at a time."""
+    wide = TILES[how, "wide"]
+    if triton.cdiv(m, wide.m) * triton.cdiv(n, wide.n) * groups < FULL:
+        shape = "few"
+    elif n <= 64:
+        shape = "narrow"
+    elif taps == 1 and n >= 256 and k >= 512:
+        shape = "deep"  # smaller tiles want more bytes from the cache than it gives while they are computed
+    else:
+        shape = "wide"
+    return clipped(TILES[how, shape], n, k)
+
+
+def weight_tile(how: Precision, m: int, n: int) -> Tile:
+    """For products of (m, pixels) with (pixels, n)."""
+    tile = TILES[how, "few" if m <= 64 else "narrow" if n <= 64 else "wide"]
+    return clipped(tile, n, tile.k)
+
+
+def clipped(tile: Tile, n: int, k: int) -> Tile:
+    """No larger than the product, but at least 16, the least that tensor cores take."""
+    return replace(tile, n=min(tile.n, _power(n)), k=min(tile.k, _power(k)))
+
+
+def splits(pixels: int, tile: int, programs: int) -> tuple[int, int]:
+    """Into how many shares to cut the pixels, in whole tiles, where a share takes `programs`; and pixels in a share."""
+    tiles = triton.cdiv(pixels, tile)
+    share = triton.cdiv(tiles, max(1, min(4 * FULL // programs, tiles // LEAST_SHARE)))
+    return triton.cdiv(tiles, share), share * tile
+
+
+def _power(n: int) -> int:
+    return max(16, triton.next_power_of_2(n))
