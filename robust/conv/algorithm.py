@@ -34,6 +34,9 @@ class Epilogue:
         return y.relu_() if self.relu else y
 
 
+BARE = Epilogue()  # the sum itself
+
+
 class Algorithm(Protocol):
     """One way to compute a convolution; a module or an object.
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from robust.conv.algorithm import Epilogue
-from robust.conv.geometry import Axes, Geometry, Pair, Phase
+from robust.conv.algorithm import BARE, Epilogue
+from robust.conv.geometry import Axes, Geometry, Pair
 from robust.conv.product import product
 
 WINDOW_VALUES = 2**20  # written out at once: a few MB, for the product to find in cache
@@ -47,9 +47,7 @@ def pack_input_grad(weight: Tensor, geometry: Geometry) -> list[Tensor]:
     ]
 
 
-def input_grad(
-    g: Tensor, packed: list[Tensor], geometry: Geometry, size: Pair, mask: Tensor | None = None
-) -> Tensor:
+def input_grad(g: Tensor, packed: list[Tensor], geometry: Geometry, size: Pair, mask: Tensor | None = None) -> Tensor:
     g = pixels_first(g)
     mask = None if mask is None else pixels_first(mask)
     if geometry.groups == 1 and packed[0].ndim == 2:
@@ -104,7 +102,7 @@ def _correlate(
     matrix: Tensor,
     axes: Axes,
     stride: Pair = (1, 1),
-    epilogue: Epilogue = Epilogue(),
+    epilogue: Epilogue = BARE,
     mask: Tensor | None = None,
 ) -> Tensor:
     """(N, P, Q, K) from (N, H, W, C), P and Q being the counts of the axes, and a packed matrix."""
@@ -191,9 +189,12 @@ def _scatter(g: Tensor, matrix: Tensor, geometry: Geometry, size: Pair) -> Tenso
     """The input gradient (N, C, *size): each output hands back to its window what it got from there."""
     (r, s), stride, padding = geometry.kernel, geometry.stride, geometry.padding
     rows, columns = geometry.whole(size)
-    tall, wide = (count + before + max(0, after) for count, (before, after) in zip(
-        size, (rows.edges(size[0], stride[0]), columns.edges(size[1], stride[1])), strict=True
-    ))
+    tall, wide = (
+        count + before + max(0, after)
+        for count, (before, after) in zip(
+            size, (rows.edges(size[0], stride[0]), columns.edges(size[1], stride[1])), strict=True
+        )
+    )
     c = len(matrix) // (r * s)
     dx = g.new_empty(len(g), *size, c)
     for image in range(len(g)):

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from robust.conv.algorithm import Epilogue
+from robust.conv.algorithm import BARE, Epilogue
 
 
-def product(a: Tensor, b: Tensor, epilogue: Epilogue = Epilogue()) -> Tensor:
+def product(a: Tensor, b: Tensor, epilogue: Epilogue = BARE) -> Tensor:
     """relu(a @ b.T · scale + shift + residual), each part optional: (M, K), (N, K) -> (M, N).
 
     In float32 by oneDNN's product, which uses a CPU's widest registers whoever made it, and does the epilogue while the

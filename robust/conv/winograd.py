@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from robust.conv.algorithm import Epilogue
+from robust.conv.algorithm import BARE, Epilogue
 from robust.conv.geometry import Geometry, Pair
 from robust.conv.im2col import masked, pixels_first
 from robust.conv.product import product
@@ -46,7 +46,7 @@ class Winograd:
         scales = [_product(p - q for q in self.points if q != p) for p in self.points]
         a = [[p**i for p in self.points] + [Fraction(i == self.m - 1)] for i in range(self.m)]
         g = [[p**j / scale for j in range(R)] for p, scale in zip(self.points, scales, strict=True)]
-        b = [_coefficients([self.points[j] for j in finite if j != i]) + [Fraction(0)] for i in finite]
+        b = [[*_coefficients([self.points[j] for j in finite if j != i]), Fraction(0)] for i in finite]
         return _tensor(a), _tensor([*g, infinite[-R:]]), _tensor([*b, _coefficients(self.points)])
 
     @cached_property
@@ -94,7 +94,7 @@ class Winograd:
     ) -> Tensor:
         before = (R - 1 - geometry.padding[0], R - 1 - geometry.padding[1])
         g = masked(pixels_first(g), None if mask is None else pixels_first(mask))
-        return self._convolve(g, packed[0], before, size, Epilogue())
+        return self._convolve(g, packed[0], before, size, BARE)
 
     def weight_grad(self, x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
         """The transposed algorithm: Gᵀ [Σ over tiles (A g Aᵀ) ⊙ (Bᵀ d B)] G."""
