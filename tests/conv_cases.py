@@ -157,6 +157,55 @@ MEMORY: dict[str, Callable[[Tensor], Tensor]] = {
 """Name -> the same values laid out so in memory."""
 
 
+def assert_exact(algorithm: Algorithm, case: Case, dtype: torch.dtype = torch.float64) -> None:
+    """On whole numbers, every bit of y and of both gradients is that of float64, rounded once; and so adjoint."""
+    inputs = integers(case, dtype=dtype)
+    expected, found = reference(inputs, case.geometry), computed(algorithm, inputs, case.geometry)
+    for name in found._fields:
+        assert torch.equal(getattr(found, name), getattr(expected, name).to(dtype)), name
+    if dtype == torch.float64:
+        assert adjoint_gap(inputs, found) == 0
+
+
+def assert_within_bound(algorithm: Algorithm, case: Case) -> None:
+    """On random numbers in float64, y and both gradients differ from torch's by at most the √K·u of their sums."""
+    inputs = randoms(case)
+    expected, found = reference(inputs, case.geometry), computed(algorithm, inputs, case.geometry)
+    for name, terms in case.products._asdict().items():
+        assert relative_error(getattr(found, name), getattr(expected, name)) <= terms**0.5 * 2**-53, name
+    assert adjoint_gap(inputs, found) < 1e-14
+
+
+def assert_any_memory(algorithm: Algorithm, case: Case, memory: str, dtype: torch.dtype) -> None:
+    """However the inputs lie in memory, the results are right, of their dtype, channels last, and all written."""
+    inputs = integers(case, dtype=dtype)
+    expected = reference(inputs, case.geometry)
+    with poisoned():
+        found = computed(algorithm, Inputs(*map(MEMORY[memory], inputs)), case.geometry)
+    for name in found._fields:
+        result = getattr(found, name)
+        like = torch.empty(result.shape, memory_format=torch.channels_last)
+        assert (result.dtype, result.stride()) == (dtype, like.stride()), name
+        assert torch.equal(result, getattr(expected, name).to(dtype)), name
+
+
+def assert_epilogue(algorithm: Algorithm, case: Case) -> None:
+    """Scale, shift, residual and ReLU before the one rounding to float32; a mask before the input gradient."""
+    x, weight, g = randoms(case, dtype=torch.float32)
+    scale, shift = torch.linspace(0.5, 2, case.filters), torch.linspace(-1, 1, case.filters)
+    residual, mask = torch.randn(2, *g.shape, generator=torch.Generator().manual_seed(1))
+    sums = reference(Inputs(x, weight, g), case.geometry).y
+    packed = algorithm.pack(weight, case.geometry)
+    y = algorithm.forward(x, packed, case.geometry, Epilogue(scale, shift, residual, relu=True))
+    expected = (sums * scale.double().view(-1, 1, 1) + shift.double().view(-1, 1, 1) + residual.double()).relu()
+    torch.testing.assert_close(y, expected.float(), rtol=2**-23, atol=1e-12)
+
+    packed = algorithm.pack_input_grad(weight, case.geometry)
+    x_grad = algorithm.input_grad(g, packed, case.geometry, case.size, mask)
+    expected = reference(Inputs(x, weight, g * (mask > 0)), case.geometry).input_grad
+    torch.testing.assert_close(x_grad, expected.float(), rtol=2**-23, atol=1e-12)
+
+
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Memory that torch hands out uninitialised is full of NaN, so that no result may rest on what was there."""
