@@ -1,0 +1,238 @@
+"""Pooling by shifted slices: what tap (r, s) of every window sees is one strided slice of the image."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robust.conv.geometry import Geometry, Pair
+
+Ints = int | Sequence[int]  # one number for both axes, or (rows, columns)
+Slices = tuple[slice, slice]  # rows, columns
+
+
+def max_pool2d(
+    x: Tensor,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """As torch.nn.functional.max_pool2d: (N, C, H, W) or (C, H, W) to the largest value of every window.
+
+    The gradient goes to the first of equal values. A window with NaN has the maximum NaN, whose gradient goes to the
+    window's first pixel. ValueError where the arguments do not fit the image.
+    """
+    geometry = _geometry(kernel_size, stride, padding, dilation)
+    return _MaxPool.apply(x, geometry, _output_size(x, geometry, ceil_mode))
+
+
+def avg_pool2d(
+    x: Tensor,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """As torch.nn.functional.avg_pool2d: (N, C, H, W) or (C, H, W) to the mean of every window.
+
+    Half precision is summed in float32. ValueError where the arguments do not fit the image.
+    """
+    if divisor_override == 0:
+        raise ValueError("divisor_override is 0")
+    geometry = _geometry(kernel_size, stride, padding, 1)
+    output = _output_size(x, geometry, ceil_mode)
+    divisor = divisor_override or _pixels(x, geometry, output, count_include_pad)
+    return _AvgPool.apply(x, geometry, output, divisor)
+
+
+def adaptive_avg_pool2d(x: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:
+    """As torch.nn.functional.adaptive_avg_pool2d: (N, C, H, W) or (C, H, W) to the means of `output_size` windows.
+
+    Of P windows along an axis of n pixels, the i-th is from floor(i n / P) up to, but without, ceil((i + 1) n / P).
+    None keeps an axis as it is. Half precision is summed in float32. ValueError for a size below 0, or no pixels.
+    """
+    _require_image(x)
+    wanted = tuple(output_size) if isinstance(output_size, Sequence) else (output_size, output_size)
+    if len(wanted) != 2 or any(size is not None and size < 0 for size in wanted):
+        raise ValueError(f"output_size must be one or two numbers from 0 on, or None, not {output_size!r}")
+    height, width = x.shape[-2:]
+    rows, columns = (n if size is None else size for n, size in zip((height, width), wanted, strict=True))
+    if (rows, columns) == (1, 1):
+        return x.mean((-2, -1), keepdim=True)
+    if rows and columns and height % rows == 0 and width % columns == 0:
+        return avg_pool2d(x, (height // rows, width // columns))
+    return _means(_means(x.to(wide(x)), -2, rows), -1, columns).to(x.dtype)
+
+
+class _MaxPool(torch.autograd.Function):
+    """Which tap was the largest is found again on the way back: to remember it would cost more than all the rest."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, geometry: Geometry, output: Pair) -> Tensor:
+        y = _filled_like(x, output, -torch.inf)  # (N, C, P, Q)
+        for windows, pixels in _taps(geometry, _size(x), output):
+            largest = y[..., *windows]
+            largest.copy_(torch.maximum(largest, x[..., *pixels]))
+        ctx.save_for_backward(x, y)
+        ctx.geometry = geometry
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        x, y = ctx.saved_tensors
+        grad = _filled_like(x, _size(x), 0, wide(x))  # (N, C, H, W)
+        open_ = torch.ones_like(y, dtype=torch.bool)  # windows whose maximum has not been met
+        for windows, pixels in _taps(ctx.geometry, _size(x), _size(y)):
+            here = (x[..., *pixels] < y[..., *windows]).logical_not_()
+            here &= open_[..., *windows]
+            open_[..., *windows] ^= here
+            grad[..., *pixels] += _where(here, g[..., *windows])
+        return grad.to(x.dtype), None, None
+
+
+class _AvgPool(torch.autograd.Function):
+    """`divisor` is a number, or (P, Q)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, geometry: Geometry, output: Pair, divisor: Tensor | int) -> Tensor:
+        ctx.geometry, ctx.size, ctx.divisor = geometry, _size(x), divisor
+        y = _filled_like(x, output, 0, wide(x))  # (N, C, P, Q)
+        for windows, pixels in _taps(geometry, _size(x), output):
+            y[..., *windows] += x[..., *pixels]
+        return y.div_(divisor).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+        grad = _filled_like(g, ctx.size, 0, wide(g))  # (N, C, H, W)
+        shares = g / ctx.divisor
+        for windows, pixels in _taps(ctx.geometry, ctx.size, _size(g)):
+            grad[..., *pixels] += shares[..., *windows]
+        return grad.to(g.dtype), None, None, None
+
+
+def _taps(geometry: Geometry, size: Pair, output: Pair) -> Iterator[tuple[Slices, Slices]]:
+    """For every tap in order: the windows in which it lies on an image of `size`, and the pixels it sees from there."""
+    rows, columns = (
+        [_along(r * dilation - padding, n, stride, windows) for r in range(kernel)]
+        for n, windows, kernel, stride, padding, dilation in zip(
+            size, output, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True
+        )
+    )
+    for row in rows:
+        for column in columns:
+            if row and column:
+                yield (row[0], column[0]), (row[1], column[1])
+
+
+def _along(offset: int, size: int, stride: int, windows: int) -> Slices | None:
+    """Along one axis, the windows i with 0 <= i·stride + offset < size, and these pixels; None if there are none."""
+    first, last = max(0, -(offset // stride)), min(windows - 1, (size - 1 - offset) // stride)
+    if first > last:
+        return None
+    return slice(first, last + 1), slice(first * stride + offset, last * stride + offset + 1, stride)
+
+
+def _pixels(x: Tensor, geometry: Geometry, output: Pair, count_padding: bool) -> Tensor | int:
+    """How many pixels each window has, (P, Q) or one number for all; beyond the padding there are none."""
+    by_axis = zip(x.shape[-2:], output, geometry.kernel, geometry.stride, geometry.padding, strict=True)
+    counts: list[Tensor | int] = []
+    for n, windows, kernel, stride, padding in by_axis:
+        low, high = (-padding, n + padding) if count_padding else (0, n)
+        if low == -padding and (windows - 1) * stride - padding + kernel <= high:
+            counts.append(kernel)
+        else:
+            start = torch.arange(windows, device=x.device) * stride - padding
+            count = (start + kernel).clamp(max=high) - start.clamp(min=low)
+            counts.append(count.clamp(min=1))  # a window on nothing but padding, whose sum is 0
+    rows, columns = counts
+    return (rows[:, None] if isinstance(rows, Tensor) else rows) * columns
+
+
+def _means(x: Tensor, axis: int, windows: int) -> Tensor:
+    """Along one axis, the means of `windows` parts; see `adaptive_avg_pool2d`."""
+    n = x.shape[axis]
+    ends = [(i * n // windows, -(-(i + 1) * n // windows)) for i in range(windows)]
+    means = [x.narrow(axis, start, stop - start).mean(axis, keepdim=True) for start, stop in ends]
+    return torch.cat(means, axis) if means else x.narrow(axis, 0, 0)
+
+
+def _where(mask: Tensor, x: Tensor) -> Tensor:
+    """x, and 0 where the mask is False, by its bits: torch.where is ten times slower on a CPU, and 0 · inf is NaN."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return (mask.to(bits).neg_() & x.view(bits)).view(x.dtype)
+
+
+def _filled_like(x: Tensor, size: Pair, value: float, dtype: torch.dtype | None = None) -> Tensor:
+    """(..., *size) in x's memory format."""
+    channels_last = x.dim() == 4 and x.stride(1) == 1 and x.shape[1] > 1
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    shape = (*x.shape[:-2], *size)
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=layout).fill_(value)
+
+
+def _size(x: Tensor) -> Pair:
+    return x.shape[-2], x.shape[-1]
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """What to sum in."""
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+
+def _geometry(kernel_size: Ints, stride: Ints | None, padding: Ints, dilation: Ints) -> Geometry:
+    kernel = pair("kernel_size", kernel_size, 1)
+    geometry = Geometry(
+        kernel=kernel,
+        stride=kernel if stride is None else pair("stride", stride, 1),
+        padding=pair("padding", padding, 0),
+        dilation=pair("dilation", dilation, 1),
+    )
+    if any(2 * padding > extent for padding, extent in zip(geometry.padding, geometry.extent, strict=True)):
+        raise ValueError(
+            f"padding {geometry.padding} is more than half of the window {geometry.extent}, "
+            "so that some windows would be on nothing but padding"
+        )
+    return geometry
+
+
+def pair(name: str, value: Ints, least: int) -> Pair:
+    """(rows, columns) from one number or two, each at least `least`; else ValueError."""
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    rows, columns = values if len(values) == 2 else values * 2 if len(values) == 1 else (None, None)
+    if not isinstance(rows, int) or not isinstance(columns, int) or min(rows, columns) < least:
+        raise ValueError(f"{name} must be one or two whole numbers from {least} on, not {value!r}")
+    return rows, columns
+
+
+def _output_size(x: Tensor, geometry: Geometry, ceil_mode: bool) -> Pair:
+    """In `ceil_mode`, windows that reach beyond the padded image count too if they begin before its right padding."""
+    _require_image(x)
+    size = _size(x)
+    rows, columns = geometry.output_size(size)
+    if ceil_mode:
+        rows, columns = (
+            windows + int((n + 2 * padding - extent) % stride > 0 and windows * stride < n + padding)
+            for windows, n, padding, extent, stride in zip(
+                (rows, columns), size, geometry.padding, geometry.extent, geometry.stride, strict=True
+            )
+        )
+    if rows < 1 or columns < 1:
+        raise ValueError(
+            f"kernel_size {geometry.kernel}, which spans {geometry.extent} pixels, does not fit into x of shape "
+            f"{tuple(x.shape)} with padding {geometry.padding}: the output would be {(rows, columns)}"
+        )
+    return rows, columns
+
+
+def _require_image(x: Tensor) -> None:
+    if x.dim() not in (3, 4) or 0 in x.shape[-3:]:
+        raise ValueError(f"x must be (N, C, H, W) or (C, H, W) with C, H, W of at least 1, not {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x must have a floating-point dtype, not {x.dtype}")
