@@ -210,7 +210,8 @@ class BatchNorm2d(nn.Module):
         if values == 0:
             mean, var = x.new_zeros(2, self.num_features)
         else:
-            var, mean = torch.var_mean(x.to(wide(x)), (0, 2, 3), correction=0)
+            mean = x.mean((0, 2, 3), dtype=wide(x))  # with the variance apart: torch.var_mean is ten times slower
+            var = (x - mean[:, None, None]).square().mean((0, 2, 3))
         if self.training and self.track_running_stats:
             self._track(mean.detach(), var.detach(), values)
         return mean, var

@@ -23,7 +23,8 @@ def max_pool2d(
     """As torch.nn.functional.max_pool2d: (N, C, H, W) or (C, H, W) to the largest value of every window.
 
     The gradient goes to the first of equal values. A window with NaN has the maximum NaN, whose gradient goes to the
-    window's first pixel. ValueError where the arguments do not fit the image.
+    window's first pixel. A dilated window none of whose taps is on the image has -inf, and no gradient. ValueError
+    where the arguments do not fit the image.
     """
     geometry = _geometry(kernel_size, stride, padding, dilation)
     return _MaxPool.apply(x, geometry, _output_size(x, geometry, ceil_mode))
@@ -66,7 +67,8 @@ def adaptive_avg_pool2d(x: Tensor, output_size: int | Sequence[int | None] | Non
         return x.mean((-2, -1), keepdim=True)
     if rows and columns and height % rows == 0 and width % columns == 0:
         return avg_pool2d(x, (height // rows, width // columns))
-    return _means(_means(x.to(wide(x)), -2, rows), -1, columns).to(x.dtype)
+    means = _means(_means(x.to(wide(x)), -2, rows), -1, columns)
+    return means.to(x.dtype, memory_format=_memory_format(x))
 
 
 class _MaxPool(torch.autograd.Function):
@@ -171,10 +173,14 @@ def _where(mask: Tensor, x: Tensor) -> Tensor:
 
 def _filled_like(x: Tensor, size: Pair, value: float, dtype: torch.dtype | None = None) -> Tensor:
     """(..., *size) in x's memory format."""
-    channels_last = x.dim() == 4 and x.stride(1) == 1 and x.shape[1] > 1
-    layout = torch.channels_last if channels_last else torch.contiguous_format
     shape = (*x.shape[:-2], *size)
-    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=layout).fill_(value)
+    empty = torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=_memory_format(x))
+    return empty.fill_(value)
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    channels_last = x.dim() == 4 and x.stride(1) == 1 and x.shape[1] > 1
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _size(x: Tensor) -> Pair:
@@ -194,11 +200,8 @@ def _geometry(kernel_size: Ints, stride: Ints | None, padding: Ints, dilation: I
         padding=pair("padding", padding, 0),
         dilation=pair("dilation", dilation, 1),
     )
-    if any(2 * padding > extent for padding, extent in zip(geometry.padding, geometry.extent, strict=True)):
-        raise ValueError(
-            f"padding {geometry.padding} is more than half of the window {geometry.extent}, "
-            "so that some windows would be on nothing but padding"
-        )
+    if any(2 * padding > kernel for padding, kernel in zip(geometry.padding, geometry.kernel, strict=True)):
+        raise ValueError(f"padding {geometry.padding} must be at most half of kernel_size {geometry.kernel}")
     return geometry
 
 
