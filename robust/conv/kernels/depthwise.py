@@ -32,10 +32,10 @@ def convolve(
     R,
     S,
     J,
-    K,
+    K,  # in units of K_UNIT
     OUT,
-    x_w,  # channels of x
-    y_n,
+    x_w,  # channels of x, in units of C_UNIT
+    y_n,  # in units of K_UNIT
     y_p,
     y_q,
     stride_h,
@@ -45,11 +45,15 @@ def convolve(
     dilation_h,
     dilation_w,
     RELU: tl.constexpr,
+    C_UNIT: tl.constexpr,
+    K_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    x_w, K = x_w * C_UNIT, K * K_UNIT
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * BLOCK_N
+    k = first + tl.arange(0, BLOCK_N)
     rows, columns = m < M, k < K
     n, p, q = m // (P * Q), m // Q % P, m % Q
     h, w = p * stride_h + start_h, q * stride_w + start_w
@@ -69,8 +73,8 @@ def convolve(
             weight = tl.load(w_ptr + (j * R * S + tap) * K + k, mask=columns, other=0.0)
             acc += x.to(tl.float32) * weight.to(tl.float32)[None, :]
 
-    y_pixel = n.to(tl.int64) * y_n + p * y_p + q * y_q
-    finish(acc, y_ptr, scale_ptr, shift_ptr, residual_ptr, y_pixel, k, rows, columns, RELU)
+    y_pixel = (n.to(tl.int64) * y_n + p * y_p + q * y_q) * K_UNIT
+    finish(acc, y_ptr, scale_ptr, shift_ptr, residual_ptr, y_pixel, rows, 0, first, K, RELU, BLOCK_M, BLOCK_N)
 
 
 # One tap and BLOCK_N channels a program, the pixels in shares as in `gemm`:
@@ -93,9 +97,9 @@ def weight_gradient(
     Q,
     R,
     S,
-    K,
+    K,  # in units of K_UNIT
     OUT,
-    x_w,  # channels of x
+    x_w,  # channels of x, in units of C_UNIT
     stride_h,
     stride_w,
     start_h,
@@ -103,9 +107,12 @@ def weight_gradient(
     dilation_h,
     dilation_w,
     share,  # pixels of a split, a multiple of BLOCK_M
+    C_UNIT: tl.constexpr,
+    K_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    x_w, K = x_w * C_UNIT, K * K_UNIT
     tile, split = tl.program_id(0), tl.program_id(1)
     tap = tile % (R * S)
     k = tile // (R * S) * BLOCK_N + tl.arange(0, BLOCK_N)

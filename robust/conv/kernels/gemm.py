@@ -36,10 +36,10 @@ def convolve(
     Q,
     R,
     S,
-    C,
-    K,
-    x_w,  # elements from one pixel of x to the next: groups·C, unless FOLDED
-    y_n,
+    C,  # in units of C_UNIT
+    K,  # in units of K_UNIT
+    x_w,  # from one pixel of x to the next, groups·C unless FOLDED, in units of C_UNIT
+    y_n,  # in units of K_UNIT
     y_p,
     y_q,
     stride_h,
@@ -52,43 +52,48 @@ def convolve(
     FOLDED: tl.constexpr,  # S = 1, and C covers the taps of a row, which are adjacent in memory
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
+    C_UNIT: tl.constexpr,
+    K_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    C, x_w, K = C * C_UNIT, x_w * C_UNIT, K * K_UNIT
     tiles = tl.cdiv(K, BLOCK_N)
     group = tl.program_id(1)
     # Tiles of the same rows are neighbours in time: the second one finds x in the cache, as all find the weights.
     m = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(0) % tiles * BLOCK_N
+    k = first + tl.arange(0, BLOCK_N)
     rows, columns = m < M, k < K
     n, p, q = m // (P * Q), m // Q % P, m % Q
     h, w = p * stride_h + start_h, q * stride_w + start_w
     # A batch may pass 2^31 elements, one image may not.
     if POINTWISE:
         x_pixel = m.to(tl.int64) * x_w
-        y_pixel = m.to(tl.int64) * y_q
+        y_pixel = m.to(tl.int64) * (y_q * K_UNIT)
     else:
         x_pixel = ((n.to(tl.int64) * H + h) * W + w) * x_w
-        y_pixel = n.to(tl.int64) * y_n + p * y_p + q * y_q
+        y_pixel = (n.to(tl.int64) * y_n + p * y_p + q * y_q) * K_UNIT
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     blocks = tl.cdiv(C, BLOCK_K)
     for step in range(R * S * blocks):
-        tap = step // blocks
-        r, s = tap // S, tap % S
-        c = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+        tap = 0 if POINTWISE else step // blocks
+        c = (step - tap * blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
+        inside = rows[:, None] & (c < C)[None, :]
         if POINTWISE:
-            inside = rows[:, None] & (c < C)[None, :]
+            x_offsets = x_pixel[:, None] + (group * C + c)[None, :]
         else:
+            r, s = tap // S, tap % S
             h_in, w_in = h + r * dilation_h, w + s * dilation_w
-            inside = (rows & (h_in >= 0) & (h_in < H))[:, None] & (c < C)[None, :]
+            x_offsets = x_pixel[:, None] + ((r * dilation_h * W + s * dilation_w) * x_w + group * C + c)[None, :]
+            inside &= ((h_in >= 0) & (h_in < H))[:, None]
             if FOLDED:
                 along = (w_in * x_w)[:, None] + c[None, :]  # within the row of the image
                 inside &= (along >= 0) & (along < W * x_w)
             else:
                 inside &= ((w_in >= 0) & (w_in < W))[:, None]
-        x_offsets = x_pixel[:, None] + ((r * dilation_h * W + s * dilation_w) * x_w + group * C + c)[None, :]
         x = tl.load(x_ptr + x_offsets, mask=inside, other=0.0)
         if mask_ptr is not None:
             x = tl.where(tl.load(mask_ptr + x_offsets, mask=inside, other=0.0) > 0, x, 0.0)
@@ -96,7 +101,9 @@ def convolve(
         weight = tl.load(w_ptr + w_offsets, mask=columns[None, :] & (c < C)[:, None], other=0.0)
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
 
-    finish(acc, y_ptr, scale_ptr, shift_ptr, residual_ptr, y_pixel, group * K + k, rows, columns, RELU)
+    finish(
+        acc, y_ptr, scale_ptr, shift_ptr, residual_ptr, y_pixel, rows, group * K, first, K, RELU, BLOCK_M, BLOCK_N
+    )  # fmt: skip
 
 
 # One tap and BLOCK_N channels a program, with the pixels m = (n, p, q) for the K axis, cut into `splits` shares:
@@ -121,9 +128,9 @@ def weight_gradient(
     Q,
     R,
     S,
-    C,
+    C,  # these three as in `convolve`
     K,
-    x_w,  # as in `convolve`
+    x_w,
     stride_h,
     stride_w,
     start_h,
@@ -134,10 +141,13 @@ def weight_gradient(
     POINTWISE: tl.constexpr,
     FOLDED: tl.constexpr,
     PRECISION: tl.constexpr,
+    C_UNIT: tl.constexpr,
+    K_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    C, x_w, K = C * C_UNIT, x_w * C_UNIT, K * K_UNIT
     tile, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     channels = tl.num_programs(2) * K
     blocks = tl.cdiv(C, BLOCK_N)

@@ -15,6 +15,7 @@ from robust.conv.kernels.tiles import DEPTHWISE, Tile, clipped, convolution_tile
 INTERPRETED = not isinstance(gemm.convolve, triton.JITFunction)  # as TRITON_INTERPRET was at the first import
 EMPTY = Epilogue()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MOST_ALIGNED = 8  # 16-bit numbers in the widest load, of 16 bytes
 MOST_FOLDED = 64  # channels times taps of a row that are read as one
 
 
@@ -88,7 +89,7 @@ def weight_grad(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
     else:
         kernel, how = gemm.weight_gradient, precision(x.dtype)
         sizes = _product(window, g, groups, k // groups, r, s, c)
-        tile = weight_tile(how, sizes["K"], sizes["C"])
+        tile = weight_tile(how, sizes["K"], sizes["C"], thin=_is_thin(x, math.gcd(c, sizes["K"])))
         tiles = triton.cdiv(sizes["K"], tile.m) * triton.cdiv(sizes["C"], tile.n) * sizes["R"] * sizes["S"]
         grid, pixels = (tiles, groups), tile.k
         sizes |= {"BLOCK_K": tile.k, "PRECISION": "tf32" if how == "tf32" else "ieee"}
@@ -120,9 +121,12 @@ def _convolve(
         grid = (triton.cdiv(window["M"], tile.m), triton.cdiv(k, tile.n))
     else:
         kernel, how = gemm.convolve, precision(x.dtype)
-        groups, k = weight.shape[:2]
+        groups, k, _, _, c = weight.shape
         sizes = _product(window, y, *weight.shape)
-        tile = convolution_tile(how, window["M"], k, sizes["C"], sizes["R"] * sizes["S"], groups)
+        tile = convolution_tile(
+            how, window["M"], k, sizes["C"], groups=groups, pointwise=sizes["POINTWISE"], masked=mask is not None,
+            thin=_is_thin(x, math.gcd(c, k) if k > 16 else c),  # 16 columns always fit
+        )  # fmt: skip
         grid = (triton.cdiv(window["M"], tile.m) * triton.cdiv(k, tile.n), groups)
         sizes |= {"BLOCK_K": tile.k, "PRECISION": "tf32" if how == "tf32" else "ieee"}
     residual = None if epilogue.residual is None else _nhwc(epilogue.residual)
@@ -155,11 +159,18 @@ def _product(window: dict[str, int], y: Tensor, groups: int, k: int, r: int, s: 
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> None:
+    """Channels, by whose number addresses are computed, are handed over in units that the compiler knows."""
+    units = {"C": "C_UNIT", "x_w": "C_UNIT", "K": "K_UNIT", "y_n": "K_UNIT", "y_p": "K_UNIT", "y_q": "K_UNIT"}
+    divisors = {
+        unit: math.gcd(MOST_ALIGNED, *(arguments[name] for name in units if units[name] == unit and name in arguments))
+        for unit in ("C_UNIT", "K_UNIT")
+    }
+    arguments |= {name: arguments[name] // divisors[unit] for name, unit in units.items() if name in arguments}
     blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "num_warps": tile.warps, "num_stages": tile.stages}
     # The interpreter computes wrongly with bfloat16, and stores fp32 as bfloat16 without rounding.
     wide = {name: _float(value) for name, value in arguments.items() if INTERPRETED and _is_bfloat16(value)}
     with torch.cuda.device_of(arguments["x_ptr"]):
-        kernel[grid](**{**arguments, **wide}, **blocks)
+        kernel[grid](**{**arguments, **wide}, **divisors, **blocks)
     if "y_ptr" in wide:
         arguments["y_ptr"].copy_(wide["y_ptr"])
 
@@ -177,6 +188,11 @@ def _is_bfloat16(value: Any) -> bool:
 def _is_depthwise(geometry: Geometry, channels: int) -> bool:
     """With one of `channels` a group; a single group is a matrix product all the same."""
     return geometry.groups > 1 and channels == 1
+
+
+def _is_thin(x: Tensor, channels: int) -> bool:
+    """Whether so many channels side by side forbid loads of 8 bytes."""
+    return channels * x.element_size() % 8 != 0
 
 
 def _start(geometry: Geometry) -> Pair:

@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-# Only channel counts and strides in memory decide how wide a load may be: a kernel compiled anew for every other
-# number, as Triton does where it is 1 or divisible by 16, would only cost time.
+# A kernel compiled anew for every number that is 1 or divisible by 16, as Triton does, would only cost time. What has to
+# be known is how wide a load may be: so numbers of channels come in units, constants, that divide them.
 PLAIN = [
-    "M", "H", "W", "P", "Q", "R", "S",
+    "M", "H", "W", "P", "Q", "R", "S", "C", "K", "x_w", "y_n", "y_p", "y_q",
     "stride_h", "stride_w", "start_h", "start_w", "dilation_h", "dilation_w", "share",
 ]  # fmt: skip
 
@@ -14,17 +14,38 @@ PLAIN = [
 @triton.jit
 def finish(
     acc,  # (BLOCK_M, BLOCK_N) fp32
-    y_ptr,  # (N, P, Q, channels), of any strides but for the channels, which are adjacent
-    scale_ptr,  # None, or (channels,)
-    shift_ptr,  # None, or (channels,)
+    y_ptr,  # (N, P, Q, groups·K), of any strides but for the channels, which are adjacent
+    scale_ptr,  # None, or (groups·K,)
+    shift_ptr,  # None, or (groups·K,)
     residual_ptr,  # None, or y's shape and strides
     pixel,  # (BLOCK_M,) int64: where in y each row begins
-    channel,  # (BLOCK_N,)
     rows,  # (BLOCK_M,) bool: which of them exist
-    columns,  # (BLOCK_N,) bool
+    first,  # the channel of y at which the group begins
+    k,  # that of the group at which acc begins
+    K,
     RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """y = relu(acc · scale + shift + residual), rounded once: the `Epilogue` of `robust.conv.algorithm`."""
+    HALF: tl.constexpr = BLOCK_N // 2
+    if BLOCK_N > 64:  # a large tile beside as large a residual would not fit the registers
+        left, right = tl.split(acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1))
+        _store(left, y_ptr, scale_ptr, shift_ptr, residual_ptr, pixel, rows, first, k + tl.arange(0, HALF), K, RELU)
+        k += HALF
+        _store(right, y_ptr, scale_ptr, shift_ptr, residual_ptr, pixel, rows, first, k + tl.arange(0, HALF), K, RELU)
+    else:
+        _store(acc, y_ptr, scale_ptr, shift_ptr, residual_ptr, pixel, rows, first, k + tl.arange(0, BLOCK_N), K, RELU)
+
+
+@triton.jit
+def _store(
+    acc, y_ptr, scale_ptr, shift_ptr, residual_ptr, pixel, rows, first,  # as above
+    k,  # (BLOCK_N,)
+    K,
+    RELU: tl.constexpr,
+):  # fmt: skip
+    columns, channel = k < K, first + k
     if scale_ptr is not None:
         acc *= tl.load(scale_ptr + channel, mask=columns, other=0.0).to(tl.float32)[None, :]
     if shift_ptr is not None:

@@ -28,17 +28,23 @@ class Tile:
 # products are bound by arithmetic and a tile by its registers.
 TILES: dict[tuple[Precision, str], Tile] = {
     ("half", "wide"): Tile(128, 128, 64),
-    ("half", "narrow"): Tile(128, 64, 64),
-    ("half", "few"): Tile(64, 64, 64),
+    ("half", "point"): Tile(128, 128, 64, warps=8),
     ("half", "deep"): Tile(128, 256, 64, warps=8),
+    ("half", "masked"): Tile(64, 128, 64),
+    ("half", "few"): Tile(64, 64, 64),
+    ("half", "thin"): Tile(64, 64, 32),
     ("tf32", "wide"): Tile(128, 128, 32),
-    ("tf32", "narrow"): Tile(128, 64, 32),
-    ("tf32", "few"): Tile(64, 64, 32),
+    ("tf32", "point"): Tile(128, 128, 32, warps=8),
     ("tf32", "deep"): Tile(128, 256, 32, warps=8),
+    ("tf32", "masked"): Tile(64, 128, 32),
+    ("tf32", "few"): Tile(64, 64, 32),
+    ("tf32", "thin"): Tile(64, 64, 16),
     ("ieee", "wide"): Tile(64, 64, 16),
-    ("ieee", "narrow"): Tile(64, 64, 16),
-    ("ieee", "few"): Tile(64, 32, 16),
+    ("ieee", "point"): Tile(64, 64, 16),
     ("ieee", "deep"): Tile(64, 64, 16),
+    ("ieee", "masked"): Tile(32, 64, 16),
+    ("ieee", "few"): Tile(64, 32, 16),
+    ("ieee", "thin"): Tile(32, 64, 16),
 }
 DEPTHWISE = Tile(32, 64, 1)  # m pixels and n channels
 
@@ -50,23 +56,29 @@ def precision(dtype: torch.dtype) -> Precision:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def convolution_tile(how: Precision, m: int, n: int, k: int, taps: int, groups: int) -> Tile:
-    """For `groups` products of (m, taps·k) with (taps·k, n), k channels of a tap at a time."""
+def convolution_tile(
+    how: Precision, m: int, n: int, k: int, *, groups: int, pointwise: bool, masked: bool, thin: bool
+) -> Tile:
+    """For `groups` products of (m, taps·k) with (taps·k, n), k channels of a tap at a time.
+
+    `thin`: loads are narrower than 8 bytes, so that more addresses than usual have to fit the registers.
+    """
     wide = TILES[how, "wide"]
-    if triton.cdiv(m, wide.m) * triton.cdiv(n, wide.n) * groups < FULL:
+    if thin:
+        shape = "thin"
+    elif triton.cdiv(m, wide.m) * triton.cdiv(n, wide.n) * groups < FULL:
         shape = "few"
-    elif n <= 64:
-        shape = "narrow"
-    elif taps == 1 and n >= 256 and k >= 512:
-        shape = "deep"  # smaller tiles want more bytes from the cache than it gives while they are computed
+    elif pointwise:
+        # Smaller tiles than the deep ones want more bytes from the cache than it gives while they are computed.
+        shape = "deep" if n >= 256 and k >= 512 else "point"
     else:
-        shape = "wide"
+        shape = "masked" if masked else "wide"
     return clipped(TILES[how, shape], n, k)
 
 
-def weight_tile(how: Precision, m: int, n: int) -> Tile:
+def weight_tile(how: Precision, m: int, n: int, *, thin: bool) -> Tile:
     """For products of (m, pixels) with (pixels, n)."""
-    tile = TILES[how, "few" if m <= 64 else "narrow" if n <= 64 else "wide"]
+    tile = TILES[how, "thin" if thin else "few" if m <= 64 else "wide"]
     return clipped(tile, n, tile.k)
 
 
