@@ -83,5 +83,8 @@ ALGORITHMS = {
 def algorithm(name: str) -> Algorithm:
     """The algorithm of that name. KeyError for an unknown one, ImportError where what it needs is missing."""
     module, _, attribute = ALGORITHMS[name].partition(":")
-    found: Any = import_module(module)
+    try:
+        found: Any = import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"algorithm {name} needs the package {error.name}, which torch for CUDA brings") from error
     return getattr(found, attribute) if attribute else found

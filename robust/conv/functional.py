@@ -86,7 +86,7 @@ def _conv2d(
     geometry = _geometry(_taps(weight), stride, padding, dilation, groups)
     _check(x, weight, bias, geometry)
     chosen = _chosen(algorithm, geometry, (x.shape[1], weight.shape[0]), x)
-    return chosen.forward(x, chosen.pack(weight, geometry), geometry, Epilogue(shift=bias))
+    return _own(chosen.forward(x, chosen.pack(weight, geometry), geometry, Epilogue(shift=bias)))
 
 
 @_conv2d.register_fake
@@ -106,7 +106,7 @@ def _input_grad(
 ) -> Tensor:  # fmt: skip
     geometry = _geometry(_taps(weight), stride, padding, dilation, groups)
     chosen = _chosen(algorithm, geometry, (weight.shape[1] * groups, weight.shape[0]), g)
-    return chosen.input_grad(g, chosen.pack_input_grad(weight, geometry), geometry, (size[0], size[1]))
+    return _own(chosen.input_grad(g, chosen.pack_input_grad(weight, geometry), geometry, (size[0], size[1])))
 
 
 @_input_grad.register_fake
@@ -124,7 +124,7 @@ def _weight_grad(
 ) -> Tensor:  # fmt: skip
     geometry = _geometry(kernel, stride, padding, dilation, groups)
     chosen = _chosen(algorithm, geometry, (x.shape[1], g.shape[1]), x)
-    return chosen.weight_grad(x, g, geometry)
+    return _own(chosen.weight_grad(x, g, geometry))
 
 
 @_weight_grad.register_fake
@@ -178,7 +178,7 @@ def _frozen(
 ) -> Tensor:  # fmt: skip
     geometry = _geometry(kernel, stride, padding, dilation, groups)
     _check_frozen(x, residual, channels, geometry)
-    return _algorithm(algorithm).forward(x, packed, geometry, Epilogue(scale, shift, residual, relu))
+    return _own(_algorithm(algorithm).forward(x, packed, geometry, Epilogue(scale, shift, residual, relu)))
 
 
 @_frozen.register_fake
@@ -198,7 +198,7 @@ def _frozen_grad(
     kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int, algorithm: str,
 ) -> Tensor:  # fmt: skip
     geometry = _geometry(kernel, stride, padding, dilation, groups)
-    return _algorithm(algorithm).input_grad(g, packed_grad, geometry, (size[0], size[1]), mask=mask)
+    return _own(_algorithm(algorithm).input_grad(g, packed_grad, geometry, (size[0], size[1]), mask=mask))
 
 
 @_frozen_grad.register_fake
@@ -242,6 +242,11 @@ def _chosen(name: str, geometry: Geometry, channels: Pair, x: Tensor) -> Algorit
     if reason := chosen.misfit(geometry, x.dtype, x.device):
         raise ValueError(f"{name} {reason}")
     return chosen
+
+
+def _own(y: Tensor) -> Tensor:
+    """Not a view of the matrix that it was computed as: autograd lets nobody change views in place."""
+    return y.detach()
 
 
 def _like(x: Tensor, n: int, channels: int, size: Pair) -> Tensor:

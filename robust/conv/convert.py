@@ -1,0 +1,372 @@
+"""Any CNN on the project's own convolution: the same parameters, every layer replaced, and a report of each.
+
+The network is traced (torch.fx), so that a batch-norm, a residual and a ReLU that follow a convolution are fused into
+it. A part that cannot be traced is kept whole: its layers are replaced, but not fused.
+"""
+
+import copy
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from robust.conv import layers
+from robust.conv.frozen import FrozenConv2d
+from robust.conv.functional import conv2d
+from robust.conv.pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
+
+REPLACED = "replaced"  # by the project's own layer
+FUSED = "fused"  # into another layer
+LEFT = "left"  # as it was
+
+Make = Callable[[Any, str], nn.Module]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What became of a layer, and why. `missed`: torch still computes it, though the project computes such layers."""
+
+    name: str  # in the network, such as "layer1.0.conv1"
+    kind: str  # its class, or its function
+    fate: str  # REPLACED | FUSED | LEFT
+    reason: str
+    missed: bool = False
+
+
+@dataclass(frozen=True)
+class Converted:
+    """`module` computes what the original does in eval mode; it is frozen, and differentiable in x alone."""
+
+    module: nn.Module
+    layers: tuple[Layer, ...]
+    faults: dict[str, str]  # part that could not be traced ("" is the network itself) -> why
+
+    @property
+    def missed(self) -> tuple[Layer, ...]:
+        return tuple(layer for layer in self.layers if layer.missed)
+
+    def summary(self) -> str:
+        """'126 layers: 56 replaced, 70 fused, 0 left'; activations and the like, which stay torch's, do not count."""
+        counted = Counter(layer.fate for layer in self.layers if layer.fate != LEFT or layer.missed)
+        return f"{counted.total()} layers: {', '.join(f'{counted[fate]} {fate}' for fate in (REPLACED, FUSED, LEFT))}"
+
+
+class NotConverted(ValueError):
+    """torch would still compute something that the project computes; the message names it and says why."""
+
+
+def convert(module: nn.Module, x: Tensor | None = None, *, algorithm: str = "auto", strict: bool = False) -> Converted:
+    """A frozen copy of `module` whose convolutions, batch-norms, pooling and linear layers are the project's.
+
+    x, (N, C, H, W), is a batch to try it on: with it, residuals are fused too, whose shapes must be known, and what
+    torch computes all the same is found by watching. `algorithm` is conv2d's. Parameters share their memory with
+    those of `module`, where they are not folded into others. NotConverted, with `strict`, where a layer is missed.
+    """
+    whole: nn.Module = nn.Sequential(_frozen_copy(module))  # in a box, so that the network itself may be a layer
+    report = _replace(whole, algorithm)
+    traced, faults = _trace(whole)
+    if traced is not None:
+        report |= _fuse(traced, x)
+        report |= _replace_functions(traced)
+        whole = traced
+    for name, part in list(whole.named_modules()):
+        if isinstance(part, layers.Conv2d):
+            whole.set_submodule(name, FrozenConv2d(part))
+    rows = list(report.values())
+    if x is not None:
+        rows += _watch(whole, x, known={row.name for row in rows if row.missed})
+    converted = Converted(whole, tuple(rows), faults)
+    if strict and converted.missed:
+        raise NotConverted(_said(converted))
+    return converted
+
+
+def _said(converted: Converted) -> str:
+    named = [f"{layer.name or 'the network'} ({layer.kind}: {layer.reason})" for layer in converted.missed]
+    rest = f" and {len(named) - 3} more" if len(named) > 3 else ""
+    why = "".join(f"; {name or 'the network'} cannot be traced: {fault}" for name, fault in converted.faults.items())
+    return f"torch would still compute {', '.join(named[:3])}{rest}{why}"
+
+
+def _frozen_copy(module: nn.Module) -> nn.Module:
+    """In eval mode, its parameters frozen; they share their memory with the module's."""
+    shared: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in module.parameters()
+    }
+    shared |= {id(buffer): buffer for buffer in module.buffers()}
+    return copy.deepcopy(module, shared).eval()
+
+
+def _unboxed(name: str) -> str:
+    return name.partition(".")[2]
+
+
+# Replacing
+
+
+def _replace(whole: nn.Module, algorithm: str) -> dict[str, Layer]:
+    """Put the project's layers in place of torch's; by name, what became of each."""
+    makers, report = _makers(), {}
+    for name, part in list(whole.named_modules()):
+        if not name or (any(part.children()) and not isinstance(part, nn.BatchNorm2d)):
+            continue
+        kind, fate, reason, missed = type(part).__name__, LEFT, "nothing that convolution needs", False
+        if isinstance(part, _COMPUTED):
+            try:
+                made = _made(part, makers, algorithm)
+                whole.set_submodule(name, made)
+                fate, reason = REPLACED, f"by {type(made).__name__}"
+            except ValueError as error:
+                reason, missed = str(error), True
+        report[name] = Layer(_unboxed(name), kind, fate, reason, missed)
+    return report
+
+
+# What the project computes, and all that is derived from it.
+_COMPUTED = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.modules.pooling._LPPoolNd,
+    nn.Linear,
+)
+
+
+def _made(part: nn.Module, makers: dict[type, Make], algorithm: str) -> nn.Module:
+    """The project's layer for torch's; ValueError, with the reason, where there is none."""
+    kind = type(part).__name__
+    make = makers.get(type(part))
+    if make is None:
+        torchs = next((base.__name__ for base in type(part).__mro__[1:] if base in makers), None)
+        raise ValueError(f"{kind} is a {torchs} that may compute something else" if torchs else f"no {kind} here")
+    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+        raise ValueError("it has hooks")
+    return make(part, algorithm)
+
+
+def _makers() -> dict[type, Make]:
+    """torch's class -> what makes ours of it. Exactly these: a subclass may compute something else."""
+    from timm import layers as timms
+
+    return {
+        nn.Conv2d: layers.Conv2d.from_torch,
+        timms.Conv2dSame: layers.Conv2dSame.from_torch,
+        nn.BatchNorm2d: lambda norm, _: layers.BatchNorm2d.from_torch(norm),
+        timms.BatchNormAct2d: lambda norm, _: layers.BatchNormAct2d.from_torch(norm),
+        nn.MaxPool2d: lambda pool, _: layers.MaxPool2d.from_torch(pool),
+        nn.AvgPool2d: lambda pool, _: layers.AvgPool2d.from_torch(pool),
+        nn.AdaptiveAvgPool2d: lambda pool, _: layers.AdaptiveAvgPool2d.from_torch(pool),
+        nn.Linear: lambda linear, _: layers.Linear.from_torch(linear),
+    }
+
+
+_FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
+    F.conv2d: conv2d,
+    F.max_pool2d: max_pool2d,
+    F.avg_pool2d: avg_pool2d,
+    F.adaptive_avg_pool2d: adaptive_avg_pool2d,
+}
+
+
+def _replace_functions(traced: fx.GraphModule) -> dict[str, Layer]:
+    """The same for functions that the network's code calls."""
+    report = {}
+    for node in traced.graph.nodes:
+        if node.op == "call_function" and node.target in _FUNCTIONS and not node.kwargs.get("return_indices"):
+            report[node.name] = Layer(node.name, node.target.__name__, REPLACED, "by the function of that name")
+            node.target = _FUNCTIONS[node.target]
+            node.kwargs = {name: value for name, value in node.kwargs.items() if name != "return_indices"}
+    traced.recompile()
+    return report
+
+
+# Tracing
+
+
+class _Tracer(fx.Tracer):
+    """Looks into everything but layers; what it cannot look into becomes a layer itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.faults: dict[str, str] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m).__module__ == layers.__name__ or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        outside = self.module_stack.copy()
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception as error:  # of code that wants to know a value, or that somebody else wrote
+            self.module_stack = outside
+            name = self.path_of_module(m)
+            self.faults[_unboxed(name)] = " ".join(str(error).split())[:200]
+            return self.create_proxy("call_module", name, args, kwargs)
+
+
+def _trace(whole: nn.Module) -> tuple[fx.GraphModule | None, dict[str, str]]:
+    """The network as a graph of layers; None where not even its outermost code can be traced."""
+    tracer = _Tracer()
+    graph = tracer.trace(whole)
+    if "" in tracer.faults:
+        return None, tracer.faults
+    traced = fx.GraphModule(whole, graph)
+    if tracer.faults:
+        graph.eliminate_dead_code()  # what was traced of a part before it failed
+    return traced, tracer.faults
+
+
+# Fusing
+
+
+def _fuse(traced: fx.GraphModule, x: Tensor | None) -> dict[str, Layer]:
+    """Batch-norm, residual and ReLU into the convolution before them; by name, the layers that are fused."""
+    if x is not None:
+        with torch.no_grad():
+            ShapeProp(traced).propagate(x)
+    report: dict[str, Layer] = {}
+    calls = Counter(str(node.target) for node in traced.graph.nodes if node.op == "call_module")
+    frozen: set[fx.Node] = set()  # convolutions
+    for node in list(traced.graph.nodes):
+        conv = _called(traced, node, layers.Conv2d)
+        if conv is None or calls[str(node.target)] > 1:
+            continue
+        frozen.add(node)
+        reader = _only_reader(node)
+        norm = _called(traced, reader, layers.BatchNorm2d)
+        if reader is None or norm is None or norm.running_mean is None or calls[str(reader.target)] > 1:
+            traced.set_submodule(str(node.target), FrozenConv2d(conv))
+            continue
+        traced.set_submodule(str(node.target), FrozenConv2d(conv, norm))
+        report[str(reader.target)] = _fused(traced, reader, node)
+        if isinstance(norm, layers.BatchNormAct2d) and not isinstance(norm.act, nn.Identity):
+            traced.set_submodule(str(reader.target), norm.act)  # what remains of it
+        else:
+            _bypass(reader, node)
+    for node in list(traced.graph.nodes):
+        if node in frozen:
+            node = _take_residual(traced, node, frozen)
+            reader = _only_reader(node)
+            if reader is not None and _is_relu(traced, reader):
+                traced.get_submodule(str(node.target)).relu = True  # type: ignore[assignment]
+                if reader.op == "call_module":
+                    report.setdefault(str(reader.target), _fused(traced, reader, node))
+                _bypass(reader, node)
+    traced.graph.lint()
+    traced.recompile()
+    traced.delete_all_unused_submodules()
+    return report
+
+
+def _take_residual(traced: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> fx.Node:
+    """The convolution, moved to where its output is added to another tensor, which it then adds itself."""
+    reader = _only_reader(node)
+    if reader is None or not _is_sum(reader):
+        return node
+    other = next(arg for arg in reader.all_input_nodes if arg is not node)
+    if other in frozen and other > node and len(other.users) == 1:
+        return node  # that one comes later, and will take this one
+    mine, its = node.meta.get("tensor_meta"), other.meta.get("tensor_meta")
+    if mine is None or its is None or (mine.shape, mine.dtype) != (its.shape, its.dtype):
+        return node
+    with traced.graph.inserting_before(reader):
+        moved = traced.graph.call_module(str(node.target), (node.args[0], other))
+    moved.meta = dict(reader.meta)
+    reader.replace_all_uses_with(moved)
+    traced.graph.erase_node(reader)
+    traced.graph.erase_node(node)
+    return moved
+
+
+def _fused(traced: fx.GraphModule, reader: fx.Node, node: fx.Node) -> Layer:
+    kind = type(traced.get_submodule(str(reader.target))).__name__
+    return Layer(_unboxed(str(reader.target)), kind, FUSED, f"into {_unboxed(str(node.target))}")
+
+
+def _bypass(reader: fx.Node, node: fx.Node) -> None:
+    reader.replace_all_uses_with(node)
+    reader.graph.erase_node(reader)
+
+
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _called(traced: fx.GraphModule, node: fx.Node | None, kind: type) -> Any:
+    """The module that the node calls, if it is of the kind and is given one argument."""
+    if node is None or node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+        return None
+    part = traced.get_submodule(str(node.target))
+    return part if isinstance(part, kind) else None
+
+
+def _is_relu(traced: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(traced.get_submodule(str(node.target)), nn.ReLU | layers.ReLU)
+    functions = (F.relu, torch.relu, torch.relu_) if node.op == "call_function" else ("relu", "relu_")
+    return node.target in functions and node.op in ("call_function", "call_method") and len(node.args) == 1
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """Of two different tensors."""
+    functions = (operator.add, operator.iadd, torch.add) if node.op == "call_function" else ("add", "add_")
+    if node.target not in functions or node.op not in ("call_function", "call_method") or node.kwargs:
+        return False
+    return len(node.args) == len(node.all_input_nodes) == 2
+
+
+# Watching
+
+
+class _Watch(TorchDispatchMode):
+    """Which of torch's own operators are called, of those that the project computes itself, and in which module."""
+
+    NAMES = ("convolution", "batch_norm", "max_pool", "avg_pool")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside: list[str] = []
+        self.seen: dict[tuple[str, str], None] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.partition("::")[2]
+        if func.namespace in ("aten", "mkldnn") and any(part in name for part in self.NAMES):
+            self.seen[self.inside[-1], name] = None
+        return func(*args, **(kwargs or {}))
+
+
+def _watch(whole: nn.Module, x: Tensor, known: set[str]) -> Iterator[Layer]:
+    """What torch computes all the same in a forward pass on x, in modules that are not `known` for it."""
+    watch, handles = _Watch(), []
+
+    def enter(name: str, *_: Any) -> None:
+        watch.inside.append(name)
+
+    def leave(*_: Any) -> None:
+        watch.inside.pop()
+
+    for name, part in whole.named_modules():
+        handles += [
+            part.register_forward_pre_hook(partial(enter, _unboxed(name))),
+            part.register_forward_hook(leave),
+        ]
+    try:
+        with torch.no_grad(), watch:
+            whole(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, kind in watch.seen:
+        if name not in known:
+            yield Layer(name, kind, LEFT, "called by code that is not traced", True)
