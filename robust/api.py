@@ -28,6 +28,7 @@ from robust.models import load_model
 from robust.models.model import Model, fingerprint
 from robust.models.prepare import frozen
 from robust.models.probe import count_classes
+from robust.models.scratch import from_scratch
 from robust.options import Options, default_attacks, parse_eps, parse_names
 from robust.store import FILENAME, Finding, Store, differences, holds_run
 
@@ -85,6 +86,7 @@ def run(
     limit: int | None = None,
     seed: int = 0,
     device: str | None = None,
+    conv: str = "torch",
     class_names: Sequence[str] | None = None,
     output: str | Path | None = None,
     resume: bool = False,
@@ -110,6 +112,7 @@ def run(
     batch_size: rows evaluated at once, at most.
     limit: with a data spec, a class-balanced subset of that many images drawn from `seed`.
     device: such as "cuda"; None for where the model is.
+    conv: "torch", or "scratch" for the same network on the project's own convolution (`robust.conv`).
     output: a run directory to write (store and reports); None keeps the run in memory. With `resume`, one that
         was interrupted is continued.
 
@@ -131,6 +134,7 @@ def run(
         limit=limit,
         seed=seed,
         device=device or ("auto" if isinstance(model, str) else _device_of(model)),
+        conv=conv,
         save_adversarials=save_adversarials,
     )
     if resume and output is None:
@@ -181,6 +185,8 @@ def execute(
     first, data = _peek(data)
     options = options.suited_to(first.x.shape, str(pick_device(options.device)))
     class_names = model.class_names or data.class_names
+    if options.conv == "scratch":
+        model = from_scratch(model, first.x.unsqueeze(0).to(_device_of(model)))
     if surrogate is not None:
         _check_reads(surrogate.module, surrogate.name, first)
     planned = plan(options, model, class_names, surrogate)

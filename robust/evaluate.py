@@ -34,6 +34,14 @@ def evaluate(
         int | None,
         typer.Option(help="Side of the square images that the model takes, in pixels.", rich_help_panel=_MODEL),
     ] = None,
+    conv: Annotated[
+        str,
+        typer.Option(
+            help="What computes the network: torch, or [bold]scratch[/], the project's own convolution, batch-norm, "
+            "pooling and linear layers.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = "torch",
     data: Annotated[
         str,
         typer.Option(
@@ -160,6 +168,7 @@ def evaluate(
         limit=limit,
         seed=seed,
         device=device,
+        conv=conv,
         save_adversarials=save_adversarials,
     )
     if resume and output is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from robust.errors import InputError, unknown
 
+CONVS = ("torch", "scratch")  # what computes the model's convolutions
 NORMS = ("linf", "l2", "l1", "l0")
 # Of each norm: what is quick and tells most, with the control.
 DEFAULT_ATTACKS = {
@@ -62,11 +63,14 @@ class Options:
     limit: int | None = None
     seed: int = 0
     device: str = "auto"
+    conv: str = "torch"
     save_adversarials: bool = False
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise unknown("norm", self.norm, NORMS)
+        if self.conv not in CONVS:
+            raise unknown("conv", self.conv, CONVS)
         if not self.attacks:
             raise InputError("no attack named; give --attack, such as --attack pgd")
         if repeated := sorted({name for name in self.attacks if self.attacks.count(name) > 1}):

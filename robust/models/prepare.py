@@ -47,7 +47,7 @@ def fast_twin(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
     for make in (_folded_copy, _frozen_copy):
         try:
             twin, description = make(module, x)
-            fault = _difference(twin, module, x)
+            fault = difference(twin, module, x)
         except Exception as error:  # a user's module may raise anything; all that is lost is speed
             fault = describe(error)
         if fault is None:
@@ -76,7 +76,7 @@ def _folded_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
     return twin, ", ".join(done) or description
 
 
-def _difference(twin: nn.Module, module: nn.Module, x: Tensor) -> str | None:
+def difference(twin: nn.Module, module: nn.Module, x: Tensor) -> str | None:
     """Why `twin` cannot stand in for `module` on `x`, or None."""
     with frozen(module), torch.no_grad():
         expected = module(x)
