@@ -73,8 +73,13 @@ class Phase:
 
     def edges(self, size: int, stride: int = 1) -> Pair:
         """Zeros wanted before and after an axis of `size` by the windows on it; negative where pixels are not seen."""
-        last = (self.count - 1) * stride + (len(self.taps) - 1) * self.dilation
-        return self.before, last - self.before - (size - 1)
+        span = (self.count - 1) * stride + (len(self.taps) - 1) * self.dilation + 1
+        before, after = self.before, span - self.before - size
+        if after < -size:  # all of the windows lie before the first pixel
+            return span, -size
+        if before < -size:
+            return -size, span
+        return before, after
 
     def part(self, lines: slice, stride: int = 1) -> "Phase":
         """The same, of a few of its pixels alone."""

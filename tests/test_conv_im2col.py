@@ -1,0 +1,107 @@
+import pytest
+import torch
+
+from conv_cases import (
+    CASES,
+    MEMORY,
+    NAMES,
+    assert_any_memory,
+    assert_exact,
+    assert_within_bound,
+    computed,
+    integers,
+    randoms,
+    reference,
+    relative_error,
+)
+from robust.conv import im2col, product
+from robust.conv.algorithm import Epilogue
+from robust.conv.geometry import Geometry
+
+DIFFERING = CASES[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_whole_numbers_are_exact(case, dtype):
+    assert_exact(im2col, case, dtype)
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_random_numbers_are_within_the_bound(case):
+    assert_within_bound(im2col, case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_float32_is_within_its_bound(case):
+    inputs = randoms(case, dtype=torch.float32)
+    expected, found = reference(inputs, case.geometry), computed(im2col, inputs, case.geometry)
+    for name, terms in case.products._asdict().items():
+        assert relative_error(getattr(found, name), getattr(expected, name)) <= max(terms, 1) ** 0.5 * 2**-24, name
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_any_memory_format(case, memory):
+    assert_any_memory(im2col, case, memory, torch.float32)
+
+
+@pytest.mark.parametrize("values", [1, 100, 1000])
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_blocks_of_any_size(case, values, monkeypatch):
+    """From a line at a time, which cuts through images, to several images."""
+    monkeypatch.setattr(im2col, "WINDOW_VALUES", values)
+    assert_exact(im2col, case)
+    inputs = integers(case, dtype=torch.float32)
+    residual = torch.randint(-2, 3, case.y_shape).float()
+    packed = im2col.pack(inputs.weight, case.geometry)
+    y = im2col.forward(inputs.x, packed, case.geometry, Epilogue(residual=residual))
+    assert torch.equal(y, (reference(inputs, case.geometry).y + residual).float())
+
+
+@pytest.mark.parametrize("channels, scattered", [(1, True), (3, True), (4, False)])
+def test_a_gradient_at_few_channels_is_scattered(channels, scattered):
+    geometry = Geometry((5, 4), (2, 3), (2, 1), (1, 2))
+    case = DIFFERING._replace(channels=channels, filters=12, geometry=geometry, size=(11, 13))
+    packed = im2col.pack_input_grad(randoms(case).weight, geometry)
+    assert (packed[0].ndim == 2) == scattered
+    assert_exact(im2col, case)
+    assert_within_bound(im2col, case)
+
+
+def test_without_onednn(monkeypatch):
+    monkeypatch.setattr(product, "_has_onednn", lambda a: False)
+    assert_exact(im2col, DIFFERING, torch.float32)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("epilogue", range(16))
+def test_product_and_its_epilogue(epilogue, onednn, monkeypatch):
+    if not onednn:
+        monkeypatch.setattr(product, "_has_onednn", lambda a: False)
+    generator = torch.Generator().manual_seed(0)
+    a, b, residual = (torch.randint(-3, 4, shape, generator=generator).float() for shape in ((5, 7), (4, 7), (5, 4)))
+    scale, shift = torch.tensor([1.0, 2, -1, 0.5]), torch.tensor([-1.0, 0, 3, 8])
+    parts = [bool(epilogue & bit) for bit in (1, 2, 4, 8)]
+    given = Epilogue(*(part if wanted else None for part, wanted in zip((scale, shift, residual), parts, strict=False)))
+    y = product.product(a, b, Epilogue(given.scale, given.shift, given.residual, parts[3]))
+    expected = a @ b.t()
+    expected = expected * scale if parts[0] else expected
+    expected = expected + shift if parts[1] else expected
+    expected = expected + residual if parts[2] else expected
+    assert torch.equal(y, expected.relu() if parts[3] else expected)
+
+
+@pytest.mark.parametrize("plant", ["shifted tap", "dropped channel", "wrong phase"])
+def test_a_planted_fault_is_seen(plant, monkeypatch):
+    """What the other tests would do if the code were wrong."""
+    packed, pack_input_grad = im2col._packed, im2col.pack_input_grad
+    if plant == "shifted tap":
+        monkeypatch.setattr(im2col, "_packed", lambda weight, groups: packed(weight.roll(1, 3), groups))
+    elif plant == "dropped channel":
+        first = torch.tensor(0)
+        monkeypatch.setattr(im2col, "_packed", lambda weight, groups: packed(weight.index_fill(1, first, 0), groups))
+    else:
+        monkeypatch.setattr(im2col, "pack_input_grad", lambda *given: pack_input_grad(*given)[::-1])
+    with pytest.raises(AssertionError):
+        assert_exact(im2col, DIFFERING)
