@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional as F
 
 from robust.conv.algorithm import Epilogue
 from robust.conv.geometry import Geometry, Pair
@@ -28,29 +29,30 @@ def misfit(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> str 
 
 
 def pack(weight: Tensor, geometry: Geometry) -> list[Tensor]:
-    """(groups, K / groups, R, S, C / groups); depthwise (1, R, S, K)."""
+    """(groups, K / groups, R, S, C / groups), of a single group with C rounded up; depthwise (1, R, S, K)."""
     if _is_depthwise(geometry, weight.shape[1]):
         return [weight.permute(1, 2, 3, 0).contiguous()]
-    return [weight.unflatten(0, (geometry.groups, -1)).permute(0, 1, 3, 4, 2).contiguous()]
+    grouped = weight.unflatten(0, (geometry.groups, -1))  # (groups, K / groups, C / groups, R, S)
+    return [_widened(grouped.permute(0, 1, 3, 4, 2), geometry.groups).contiguous()]
 
 
 def forward(x: Tensor, packed: list[Tensor], geometry: Geometry, epilogue: Epilogue) -> Tensor:
     (weight,) = packed
     y = _empty(x, _channels(weight), geometry.output_size((x.shape[2], x.shape[3])))
-    _convolve(_nhwc(x), weight, y, geometry.stride, _start(geometry), geometry.dilation, epilogue=epilogue)
+    _convolve(_operand(x, geometry), weight, y, geometry.stride, _start(geometry), geometry.dilation, epilogue=epilogue)
     return y
 
 
 def pack_input_grad(weight: Tensor, geometry: Geometry) -> list[Tensor]:
-    """Of each phase, (groups, C / groups, taps, taps, K / groups); depthwise (K / C, taps, taps, C).
+    """Of each phase, (groups, C / groups, taps, taps, K / groups), K rounded up as C above; depthwise (K / C, taps, taps, C).
 
     In the order of `Geometry.phases`; a phase that no tap reaches has a weight without elements.
     """
-    grouped = weight.unflatten(0, (geometry.groups, -1))  # (groups, K / groups, C / groups, R, S)
+    grouped = weight.unflatten(0, (geometry.groups, -1))
     if _is_depthwise(geometry, weight.shape[1]):
         turned = grouped.squeeze(2).permute(1, 2, 3, 0)
     else:
-        turned = grouped.permute(0, 2, 3, 4, 1)
+        turned = _widened(grouped.permute(0, 2, 3, 4, 1), geometry.groups)
     return [
         turned[..., list(row.taps), :, :][..., list(column.taps), :].contiguous()
         for row, column in geometry.phases(geometry.stride)
@@ -62,10 +64,10 @@ def input_grad(
 ) -> Tensor:
     """With `mask`, of g's shape, g counts only where that is positive: so a ReLU's output takes in that ReLU's gradient."""
     dx = _empty(g, _channels(packed[0]), size)
-    g, mask = _nhwc(g), None if mask is None else _nhwc(mask)
     phases = list(geometry.phases(size))
     if not all(row.taps and column.taps for row, column in phases):
         dx.zero_()  # faster than one launch a phase
+    g, mask = _operand(g, geometry), None if mask is None else _operand(mask, geometry)
     for row, column in phases:
         if row.taps and column.taps:
             weight = packed[row.offset * geometry.stride[1] + column.offset]
@@ -76,10 +78,11 @@ def input_grad(
 
 
 def weight_grad(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
-    k, groups, (r, s), c = g.shape[1], geometry.groups, geometry.kernel, x.shape[1] // geometry.groups
+    k, groups, (r, s), channels = g.shape[1], geometry.groups, geometry.kernel, x.shape[1] // geometry.groups
     if not g.numel():
-        return x.new_zeros(k, r, s, c).permute(0, 3, 1, 2)
-    x, g = _nhwc(x), _nhwc(g)
+        return x.new_zeros(k, r, s, channels).permute(0, 3, 1, 2)
+    x, g = _operand(x, geometry), _nhwc(g)
+    c = x.shape[1] // groups
     window = _window(x, g, geometry.stride, _start(geometry), geometry.dilation)
     sizes: dict[str, Any]
     if _is_depthwise(geometry, c):
@@ -89,14 +92,14 @@ def weight_grad(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
     else:
         kernel, how = gemm.weight_gradient, precision(x.dtype)
         sizes = _product(window, g, groups, k // groups, r, s, c)
-        tile = weight_tile(how, sizes["K"], sizes["C"], thin=_is_thin(x, math.gcd(c, sizes["K"])))
+        tile = weight_tile(how, sizes["K"], sizes["C"], thin=_is_thin(x, c, sizes["K"]))
         tiles = triton.cdiv(sizes["K"], tile.m) * triton.cdiv(sizes["C"], tile.n) * sizes["R"] * sizes["S"]
         grid, pixels = (tiles, groups), tile.k
         sizes |= {"BLOCK_K": tile.k, "PRECISION": "tf32" if how == "tf32" else "ieee"}
     parts, share = splits(window["M"], pixels, math.prod(grid))
     sums = torch.empty(parts, k, r, s, c, dtype=torch.float32, device=x.device)
     _launch(kernel, (grid[0], parts, *grid[1:]), tile, g_ptr=g, x_ptr=x, sums_ptr=sums, share=share, **sizes, **window)
-    return sums.sum(0).to(x.dtype).permute(0, 3, 1, 2)
+    return sums.sum(0)[..., :channels].to(x.dtype).permute(0, 3, 1, 2)
 
 
 def _convolve(
@@ -125,7 +128,7 @@ def _convolve(
         sizes = _product(window, y, *weight.shape)
         tile = convolution_tile(
             how, window["M"], k, sizes["C"], groups=groups, pointwise=sizes["POINTWISE"], masked=mask is not None,
-            thin=_is_thin(x, math.gcd(c, k) if k > 16 else c),  # 16 columns always fit
+            thin=_is_thin(x, c, k),
         )  # fmt: skip
         grid = (triton.cdiv(window["M"], tile.m) * triton.cdiv(k, tile.n), groups)
         sizes |= {"BLOCK_K": tile.k, "PRECISION": "tf32" if how == "tf32" else "ieee"}
@@ -190,9 +193,9 @@ def _is_depthwise(geometry: Geometry, channels: int) -> bool:
     return geometry.groups > 1 and channels == 1
 
 
-def _is_thin(x: Tensor, channels: int) -> bool:
-    """Whether so many channels side by side forbid loads of 8 bytes."""
-    return channels * x.element_size() % 8 != 0
+def _is_thin(x: Tensor, c: int, k: int) -> bool:
+    """Whether so many channels side by side forbid wide loads, of c, or stores, of k where these are many."""
+    return c * x.element_size() % 8 != 0 or (k > 16 and k * x.element_size() % 16 != 0)
 
 
 def _start(geometry: Geometry) -> Pair:
@@ -202,6 +205,18 @@ def _start(geometry: Geometry) -> Pair:
 def _channels(weight: Tensor) -> int:
     """Of the output that a packed weight makes."""
     return weight.shape[3] if weight.dim() == 4 else weight.shape[0] * weight.shape[1]
+
+
+def _operand(x: Tensor, geometry: Geometry) -> Tensor:
+    """In NHWC; of a single group, with as many channels as `_widened` gives the weight."""
+    nhwc = _nhwc(x).permute(0, 2, 3, 1)
+    return _widened(nhwc, geometry.groups).permute(0, 3, 1, 2)
+
+
+def _widened(tensor: Tensor, groups: int) -> Tensor:
+    """With zeros for channels, the last axis, up to a multiple of 8 bytes: narrower loads cannot be made ahead of time."""
+    missing = -tensor.shape[-1] % (8 // tensor.element_size())
+    return F.pad(tensor, (0, missing)) if groups == 1 and missing else tensor
 
 
 def _nhwc(tensor: Tensor) -> Tensor:
