@@ -115,10 +115,10 @@ def main() -> None:
                 for kernel, arguments in launches:
                     made = source(kernel, arguments)
                     options = {name: arguments[name] for name in ("num_warps", "num_stages")}
-                    tile = [arguments.get(f"BLOCK_{axis}", 1) for axis in "MNK"]
+                    blocks = [arguments.get(f"BLOCK_{axis}", 1) for axis in "MNK"]
                     record = {
-                        "precision": precision, "purpose": purpose, "case": str(case), "tile": [*tile, *options.values()],
-                        "depthwise": "OUT" in arguments,
+                        "precision": precision, "purpose": purpose, "case": str(case), "depthwise": "OUT" in arguments,
+                        "tile": [*blocks, *options.values()],
                     }  # fmt: skip
                     jobs[made.hash(), str(options)] = (record, made, options)
     with ThreadPoolExecutor(2) as pool:

@@ -71,7 +71,7 @@ def convolve(
     # A batch may pass 2^31 elements, one image may not.
     if POINTWISE:
         x_pixel = m.to(tl.int64) * x_w
-        y_pixel = m.to(tl.int64) * (y_q * K_UNIT)
+        y_pixel = m.to(tl.int64) * (tl.num_programs(1) * K)
     else:
         x_pixel = ((n.to(tl.int64) * H + h) * W + w) * x_w
         y_pixel = (n.to(tl.int64) * y_n + p * y_p + q * y_q) * K_UNIT

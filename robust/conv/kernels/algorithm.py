@@ -1,0 +1,126 @@
+"""The functions of an Algorithm: memory layouts, packed weights, the phases of the input gradient."""
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+
+from robust.conv.algorithm import Epilogue
+from robust.conv.geometry import Geometry, Pair
+from robust.conv.kernels.launch import INTERPRETED, convolve, weight_gradient
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def misfit(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> str | None:
+    if dtype not in DTYPES:
+        return f"computes in float32, float16 and bfloat16, not in {str(dtype).removeprefix('torch.')}"
+    if not INTERPRETED and device.type != "cuda":
+        return f"needs a GPU: on a {device.type} it is interpreted, with TRITON_INTERPRET=1 set before it is imported"
+    if INTERPRETED and _version(triton.__version__) < (3, 7) and _version(np.__version__) >= (2, 4):
+        return f"{triton.__version__} is interpreted with numpy below 2.4 only, not {np.__version__}"  # triton#9171
+    return None
+
+
+def pack(weight: Tensor, geometry: Geometry) -> list[Tensor]:
+    """(groups, K / groups, R, S, C / groups), widened; depthwise (1, R, S, K)."""
+    if _is_depthwise(geometry, weight.shape[1]):
+        return [weight.permute(1, 2, 3, 0).contiguous()]
+    grouped = weight.unflatten(0, (geometry.groups, -1))  # (groups, K / groups, C / groups, R, S)
+    return [_widened(grouped.permute(0, 1, 3, 4, 2), geometry).contiguous()]
+
+
+def forward(x: Tensor, packed: list[Tensor], geometry: Geometry, epilogue: Epilogue) -> Tensor:
+    (weight,) = packed
+    y = _empty(x, _channels(weight), geometry.output_size((x.shape[2], x.shape[3])))
+    residual = None if epilogue.residual is None else _nhwc(epilogue.residual)
+    convolve(
+        _operand(x, geometry), weight, y, geometry.stride, _start(geometry), geometry.dilation,
+        scale=epilogue.scale, shift=epilogue.shift, residual=residual, relu=epilogue.relu,
+    )  # fmt: skip
+    return y
+
+
+def pack_input_grad(weight: Tensor, geometry: Geometry) -> list[Tensor]:
+    """Of each phase, (groups, C / groups, taps, taps, K / groups), widened; depthwise (K / C, taps, taps, C).
+
+    In the order of `Geometry.phases`; a phase that no tap reaches has a weight without elements.
+    """
+    grouped = weight.unflatten(0, (geometry.groups, -1))  # (groups, K / groups, C / groups, R, S)
+    if _is_depthwise(geometry, weight.shape[1]):
+        turned = grouped.squeeze(2).permute(1, 2, 3, 0)
+    else:
+        turned = _widened(grouped.permute(0, 2, 3, 4, 1), geometry)
+    return [
+        turned[..., list(row.taps), :, :][..., list(column.taps), :].contiguous()
+        for row, column in geometry.phases(geometry.stride)
+    ]
+
+
+def input_grad(
+    g: Tensor, packed: list[Tensor], geometry: Geometry, size: Pair, *, mask: Tensor | None = None
+) -> Tensor:
+    """With `mask`, of g's shape, g counts only where that is positive: given a ReLU's output, through that ReLU."""
+    dx = _empty(g, _channels(packed[0]), size)
+    phases = list(geometry.phases(size))
+    if not all(row.taps and column.taps for row, column in phases):
+        dx.zero_()  # one pass for all pixels that no output saw
+    g, mask = _operand(g, geometry), None if mask is None else _operand(mask, geometry)
+    for row, column in phases:
+        if row.taps and column.taps:
+            weight = packed[row.offset * geometry.stride[1] + column.offset]
+            pixels = dx[:, :, row.offset :: geometry.stride[0], column.offset :: geometry.stride[1]]
+            start, dilation = (-row.before, -column.before), (row.dilation, column.dilation)
+            convolve(g, weight, pixels, (1, 1), start, dilation, mask=mask)
+    return dx
+
+
+def weight_grad(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
+    c = x.shape[1] // geometry.groups
+    if not g.numel():
+        return x.new_zeros(g.shape[1], *geometry.kernel, c).permute(0, 3, 1, 2)
+    sums = weight_gradient(
+        _operand(x, geometry), _nhwc(g), geometry.groups, geometry.kernel,
+        geometry.stride, _start(geometry), geometry.dilation,
+    )  # fmt: skip
+    # torch adds up in the same order every time.
+    return sums.sum(0)[..., :c].to(x.dtype).permute(0, 3, 1, 2)
+
+
+def _is_depthwise(geometry: Geometry, channels: int) -> bool:
+    """Whether groups have one input channel; that of a single group is multiplied as a matrix all the same."""
+    return geometry.groups > 1 and channels == 1
+
+
+def _channels(weight: Tensor) -> int:
+    """Of the output that a packed weight makes."""
+    return weight.shape[3] if weight.dim() == 4 else weight.shape[0] * weight.shape[1]
+
+
+def _start(geometry: Geometry) -> Pair:
+    return -geometry.padding[0], -geometry.padding[1]
+
+
+def _operand(x: Tensor, geometry: Geometry) -> Tensor:
+    """(N, H, W, channels), widened as the packed weight is."""
+    return _widened(_nhwc(x).permute(0, 2, 3, 1), geometry).permute(0, 3, 1, 2)
+
+
+def _widened(tensor: Tensor, geometry: Geometry) -> Tensor:
+    """Of a single group, the last axis with zeros up to a multiple of 8 bytes: narrower loads are not prefetched."""
+    missing = -tensor.shape[-1] % (8 // tensor.element_size())
+    return F.pad(tensor, (0, missing)) if missing and geometry.groups == 1 else tensor
+
+
+def _nhwc(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _empty(like: Tensor, channels: int, size: Pair) -> Tensor:
+    shape = (len(like), channels, *size)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
