@@ -83,7 +83,7 @@ def convert(module: nn.Module, x: Tensor | None = None, *, algorithm: str = "aut
     rows = list(report.values())
     if x is not None:
         rows += _watch(whole, x, known={row.name for row in rows if row.missed})
-    converted = Converted(whole, tuple(rows), faults)
+    converted = Converted(whole.eval(), tuple(rows), faults)
     if strict and converted.missed:
         raise NotConverted(_said(converted))
     return converted
@@ -126,6 +126,8 @@ def _replace(whole: nn.Module, algorithm: str) -> dict[str, Layer]:
                 fate, reason = REPLACED, f"by {type(made).__name__}"
             except ValueError as error:
                 reason, missed = str(error), True
+        elif not _unboxed(name):
+            continue  # the network itself, whose code is looked into
         report[name] = Layer(_unboxed(name), kind, fate, reason, missed)
     return report
 

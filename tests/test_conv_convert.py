@@ -1,0 +1,314 @@
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+
+import robust
+from robust import cli
+from robust.conv.convert import FUSED, LEFT, REPLACED, NotConverted, convert
+from robust.conv.frozen import FrozenConv2d
+from robust.data import load_data
+from robust.evaluate import evaluate
+from robust.models import load_model
+from toys import conv_net, images
+
+NETWORKS = [
+    "resnet18", "resnet50", "vgg11_bn", "densenet121", "googlenet", "mobilenet_v2", "efficientnet_b0", "convnext_tiny",
+    "inception_v3", "timm:resnet18d", "timm:tf_efficientnet_lite0", "timm:densenet121", "timm:seresnet50",
+    "timm:res2net50_26w_4s",
+]  # fmt: skip
+
+
+def network(name: str, seed: int = 0) -> nn.Module:
+    """With batch-norm statistics that are not trivial, in float64."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if name.startswith("timm:"):
+            net = timm.create_model(name[5:], pretrained=False)
+        else:
+            # Their auxiliary heads serve training only.
+            heads = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+            net = torchvision.models.get_model(name, weights=None, **heads)
+        for part in net.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                nn.init.normal_(part.running_mean, 0, 0.1)
+                nn.init.uniform_(part.running_var, 0.5, 1.5)
+                nn.init.uniform_(part.weight, 0.5, 1.5)
+                nn.init.normal_(part.bias, 0, 0.1)
+    return net.double().eval()
+
+
+def agree(net: nn.Module, converted: nn.Module, x: torch.Tensor) -> None:
+    """Logits and input gradient, by a random cotangent, up to float64's rounding."""
+    results = []
+    for module in (net, converted):
+        query = x.clone().requires_grad_()
+        y = module(query)
+        g = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(2))
+        (gradient,) = torch.autograd.grad(y, query, g)
+        results.append((y.detach(), gradient))
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert (found - expected).norm() <= 1e-12 * expected.norm()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_whole_networks_compute_the_same(name):
+    net = network(name)
+    x = images(2, (3, 80, 80) if "inception" in name else (3, 40, 48)).double()
+    converted = convert(net, x, strict=True)
+    assert not converted.missed and not converted.faults
+    agree(net, converted.module, x)
+
+
+def test_resnet50_layer_by_layer():
+    """53 convolutions, 1 max pooling, 1 average pooling, 1 linear layer; all else is fused."""
+    converted = convert(network("resnet50"), torch.zeros(1, 3, 32, 32).double())
+    fates = {layer.name: (layer.fate, layer.reason) for layer in converted.layers}
+    assert converted.summary() == "126 layers: 56 replaced, 70 fused, 0 left"
+    assert fates["conv1"] == (REPLACED, "by Conv2d")
+    assert fates["layer3.2.bn2"] == (FUSED, "into layer3.2.conv2")
+    # The residual is added by the convolution that comes last: the downsampling one, where there is one.
+    assert fates["layer1.0.relu"][0] == FUSED and fates["maxpool"] == (REPLACED, "by MaxPool2d")
+    frozen = [part for part in converted.module.modules() if isinstance(part, FrozenConv2d)]
+    assert len(frozen) == 53
+    assert sum(part.relu for part in frozen) == 49  # the four that downsample have none but in the residual's sum
+
+
+def test_without_an_example_residuals_are_not_fused():
+    net, x = network("resnet18"), images(2, (3, 40, 40)).double()
+    with_x, without = convert(net, x), convert(net)
+    assert "8 left" not in without.summary() and len(with_x.layers) == len(without.layers)
+    agree(net, without.module, x)
+
+
+def test_the_network_is_left_as_it_was():
+    net = conv_net()
+    net.train()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    text, x = str(net), images(2)
+    converted = convert(net, x)
+    assert str(net) == text and net.training and all(p.requires_grad for p in net.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert not converted.module.training and not any(p.requires_grad for p in converted.module.parameters())
+    agree(net.eval().double(), convert(net.double(), x.double()).module, x.double())
+
+
+class Untraceable(nn.Module):
+    """The code wants to know a value."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return y if y.sum() > 1e9 else y.relu()
+
+
+def test_a_part_that_cannot_be_traced_is_replaced_inside():
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), Untraceable(), nn.Flatten(), nn.Linear(4 * 36, 2))
+    net, x = net.double().eval(), images(2, (3, 8, 8)).double()
+    converted = convert(net, x, strict=True)
+    assert list(converted.faults) == ["2"] and "control flow" in converted.faults["2"]
+    assert {layer.name: layer.fate for layer in converted.layers} == {
+        "0": REPLACED, "1": FUSED, "2.conv": REPLACED, "2.norm": REPLACED, "3": LEFT, "4": REPLACED
+    }  # fmt: skip
+    agree(net, converted.module, x)
+
+
+def test_a_network_that_cannot_be_traced_at_all():
+    net, x = Untraceable().double().eval(), images(2, (3, 8, 8)).double()
+    converted = convert(net, x, strict=True)
+    assert list(converted.faults) == [""]
+    agree(net, converted.module, x)
+
+
+class Calls(nn.Module):
+    """Functions in the place of layers."""
+
+    def __init__(self, hidden: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)))
+        self.hidden = hidden
+
+    def forward(self, x):
+        if self.hidden and x.sum() < -1e9:  # cannot be traced
+            return x
+        y = F.max_pool2d(F.relu(F.conv2d(x, self.weight, padding=1)), 2)
+        return F.adaptive_avg_pool2d(F.avg_pool2d(y, 2), 1).flatten(1)
+
+
+def test_functions_are_replaced():
+    net, x = Calls().double(), images(2, (3, 8, 8)).double()
+    converted = convert(net, x, strict=True)
+    assert [(layer.kind, layer.fate) for layer in converted.layers] == [
+        ("conv2d", REPLACED), ("max_pool2d", REPLACED), ("avg_pool2d", REPLACED), ("adaptive_avg_pool2d", REPLACED)
+    ]  # fmt: skip
+    agree(net, converted.module, x)
+
+
+def test_what_torch_computes_all_the_same_is_seen():
+    net, x = nn.Sequential(nn.ReLU(), Calls(hidden=True)), images(2, (3, 8, 8))
+    converted = convert(net, x)
+    assert {(layer.name, layer.kind) for layer in converted.missed} >= {("1", "convolution")}
+    with pytest.raises(NotConverted, match=r"1 \(convolution: called by code .*1 cannot be traced: .*control flow"):
+        convert(net, x, strict=True)
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, 2 * self.weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    "layer, reason",
+    [
+        (Scaled(3, 3, 1), "Scaled is a Conv2d that may compute something else"),
+        (nn.ConvTranspose2d(3, 3, 1), "no ConvTranspose2d here"),
+        (nn.AdaptiveMaxPool2d(2), "no AdaptiveMaxPool2d here"),
+        (nn.LPPool2d(2, 2), "no LPPool2d here"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_a_layer_that_is_none_of_ours_is_named(layer, reason):
+    net, x = nn.Sequential(nn.Conv2d(3, 3, 1), layer).double(), images(2, (3, 8, 8)).double()
+    (missed, *_) = convert(net, x).missed
+    assert (missed.name, missed.fate, missed.reason) == ("1", LEFT, reason)
+    with pytest.raises(NotConverted, match=rf"^torch would still compute 1 \({missed.kind}: {reason}\)"):
+        convert(net, x, strict=True)
+    agree(net, convert(net, x).module, x)
+
+
+def test_hooks_are_not_thrown_away():
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
+    net[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert [layer.reason for layer in convert(net).missed] == ["it has hooks"]
+
+
+def test_a_layer_called_twice_is_not_fused():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.norm(self.conv(self.norm(self.conv(x))))
+
+    net, x = Twice().double().eval(), images(2).double()
+    nn.init.uniform_(net.norm.running_mean)
+    converted = convert(net, x, strict=True)
+    assert converted.summary() == "2 layers: 2 replaced, 0 fused, 0 left"
+    agree(net, converted.module, x)
+
+
+def test_a_sum_that_broadcasts_is_not_a_residual():
+    class Broadcast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.gate = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 12)
+
+        def forward(self, x):
+            return F.relu(self.conv(x) + self.gate(x))
+
+    net, x = Broadcast().double(), images(2).double()
+    agree(net, convert(net, x, strict=True).module, x)
+
+
+def test_a_bare_layer():
+    net, x = nn.Conv2d(3, 5, 3, padding="same", padding_mode="reflect").double(), images(2).double()
+    converted = convert(net, x, strict=True)
+    assert [(layer.name, layer.fate) for layer in converted.layers] == [("", REPLACED)]
+    agree(net, converted.module, x)
+
+
+@pytest.mark.parametrize("algorithm", ["im2col", "direct", "toeplitz"])
+def test_every_algorithm_carries_a_network(algorithm):
+    net, x = conv_net().double(), images(2, (3, 7, 7)).double()
+    converted = convert(net, x, algorithm=algorithm, strict=True)
+    assert {part.chosen for part in converted.module.modules() if isinstance(part, FrozenConv2d)} == {algorithm}
+    agree(net, converted.module, x)
+
+
+def test_another_dtype_is_packed_anew():
+    net, x = conv_net(), images(2)
+    module = convert(net, x).module.double()
+    module(x.double())
+    with pytest.raises(ValueError, match="winograd2 loses too much accuracy"):
+        convert(nn.Conv2d(8, 8, 3), algorithm="winograd2").module.half()
+
+
+def test_compiles_whole():
+    net, x = conv_net().double(), images(2).double()
+    compiled = torch.compile(convert(net, x).module, fullgraph=True, backend="aot_eager")
+    agree(net, compiled, x)
+
+
+def batch_of(n):
+    """Images, and what conv_net says of them, for them to be right to begin with."""
+    x = images(n)
+    return x, conv_net()(x).argmax(1)
+
+
+@pytest.fixture
+def batch():
+    return batch_of(12)
+
+
+def test_a_run_reaches_the_same_verdicts(batch):
+    options = {"attacks": ["pgd"], "eps": [2 / 255, 8 / 255], "steps": 5}
+    torchs, ours = (robust.run(conv_net(), [batch], conv=conv, **options) for conv in ("torch", "scratch"))
+    columns = ["sample_id", "label", "clean_pred", "eps", "success", "robust", "adv_pred"]
+    assert ours.samples[columns].equals(torchs.samples[columns])
+    assert 0 < ours.summary.robust_accuracy.iloc[-1] < 1  # else nothing would be said
+    source = "a module in memory; on the project's own convolution (8 layers: 4 replaced, 4 fused, 0 left)"
+    assert ours.store.identity["model"]["source"] == source
+
+
+def test_a_run_refuses_what_it_cannot_replace(batch):
+    net = nn.Sequential(Scaled(3, 3, 1), conv_net())
+    with pytest.raises(
+        robust.InputError, match=r"cannot run on the project's convolution: .* 0 \(Scaled: .*--conv torch"
+    ):
+        robust.run(net, [batch], attacks="pgd", eps=0.1, conv="scratch")
+
+
+def test_a_run_refuses_what_comes_out_different(batch, monkeypatch):
+    """A planted fault: the batch-norms' shift is lost."""
+    monkeypatch.setattr("robust.conv.frozen.scale_and_shift", lambda norm: (torch.ones(()), torch.zeros(())))
+    with pytest.raises(robust.InputError, match=r"does not come out the same .* robust\.verify"):
+        robust.run(conv_net(), [batch], attacks="pgd", eps=0.1, conv="scratch")
+
+
+def test_on_the_command_line(tmp_path, monkeypatch):
+    (tmp_path / "net.py").write_text("from toys import conv_net as make")
+    x, y = batch_of(12)
+    np.savez(tmp_path / "data.npz", x=x.numpy(), y=y.numpy())
+    line = "--model net.py:make --data data.npz --attack fgsm --eps 1/255 --quiet --output run --conv"
+    monkeypatch.chdir(tmp_path)
+    for conv, code in (("scrach", 2), ("scratch", 0)):
+        monkeypatch.setattr("sys.argv", ["robust.evaluate", *line.split(), conv])
+        with pytest.raises(SystemExit) as ended:
+            cli.main(evaluate)
+        assert ended.value.code == code
+    assert "own convolution (8 layers: 4 replaced, 4 fused, 0 left)" in (tmp_path / "run/report.html").read_text()
+
+
+def test_the_bundled_network_on_photographs():
+    """EfficientNet-Lite0: depthwise convolutions, padding that depends on the image, ReLU6; real weights."""
+    model = load_model("efficientnet_lite0")
+    x = torch.stack([sample.x for sample in load_data("samples", model, limit=4)])
+    converted = convert(model.module, x[:1], strict=True)
+    assert converted.summary() == "100 layers: 51 replaced, 49 fused, 0 left"
+    gradients = []
+    for module in (model.module, converted.module):
+        query = x.clone().requires_grad_()
+        logits = module(query)
+        gradients.append(torch.autograd.grad(logits.logsumexp(1).sum(), query)[0])
+        assert torch.equal(logits.argmax(1), model.module(x).argmax(1))
+    torchs, ours = gradients
+    # Where rounding takes a value over 0 or 6, ReLU6 passes another gradient: torch in float32 is as far from float64.
+    assert (ours - torchs).norm() < 0.02 * torchs.norm()
+    assert (ours.sign() == torchs.sign()).float().mean() > 0.999
