@@ -187,25 +187,28 @@ def _tap_by_tap(x: Tensor, taps: Tensor, axes: Axes, stride: Pair, epilogue: Epi
 
 def _scatter(g: Tensor, matrix: Tensor, geometry: Geometry, size: Pair) -> Tensor:
     """The input gradient (N, C, *size): each output hands back to its window what it got from there."""
-    (r, s), stride, padding = geometry.kernel, geometry.stride, geometry.padding
-    rows, columns = geometry.whole(size)
+    (r, s), (down, across) = geometry.kernel, geometry.stride
+    n, p, q = g.shape[:3]
+    c = len(matrix) // (r * s)
+    # As far as the windows reach on all sides.
     tall, wide = (
-        count + before + max(0, after)
-        for count, (before, after) in zip(
-            size, (rows.edges(size[0], stride[0]), columns.edges(size[1], stride[1])), strict=True
+        max(count + 2 * padding, (outputs - 1) * stride + extent)
+        for count, padding, outputs, stride, extent in zip(
+            size, geometry.padding, (p, q), geometry.stride, geometry.extent, strict=True
         )
     )
-    c = len(matrix) // (r * s)
-    dx = g.new_empty(len(g), *size, c)
-    for image in range(len(g)):
-        shares = product(matrix, g[image].flatten(0, 1)).view(r, s, c, rows.count, columns.count)
-        whole = g.new_zeros(c, tall, wide, dtype=torch.promote_types(g.dtype, torch.float32))
+    top, left = geometry.padding
+    dx = g.new_empty(n, *size, c)
+    for images, _ in _blocks(n, 1, p * q * len(matrix)):
+        theirs = g[images]
+        shares = product(matrix, theirs.flatten(0, 2)).view(r, s, c, len(theirs), p, q)
+        sums = g.new_zeros(c, len(theirs), tall, wide, dtype=torch.promote_types(g.dtype, torch.float32))
         for i in range(r):
             for j in range(s):
-                top, left = i * geometry.dilation[0], j * geometry.dilation[1]
-                lines = slice(top, top + (rows.count - 1) * stride[0] + 1, stride[0])
-                pixels = slice(left, left + (columns.count - 1) * stride[1] + 1, stride[1])
-                whole[:, lines, pixels] += shares[i, j]
-        inner = whole[:, padding[0] : padding[0] + size[0], padding[1] : padding[1] + size[1]]
-        dx[image] = inner.permute(1, 2, 0)
+                lines, pixels = i * geometry.dilation[0], j * geometry.dilation[1]
+                seen = sums[
+                    :, :, lines : lines + (p - 1) * down + 1 : down, pixels : pixels + (q - 1) * across + 1 : across
+                ]
+                seen += shares[i, j]
+        dx[images] = sums[:, :, top : top + size[0], left : left + size[1]].permute(1, 2, 3, 0)
     return dx.permute(0, 3, 1, 2)
