@@ -35,16 +35,17 @@ STEM = Geometry((7, 7), stride=(2, 2), padding=(3, 3))
 GROUPS = Geometry((3, 3), padding=(1, 1), groups=32)
 DEPTHWISE = Geometry((5, 5), stride=(2, 2), padding=(2, 2), groups=96)
 
-# (geometry, batch, channels in and out, side of the image): of ResNet-50, and what else a table has to fit.
+# (geometry, batch, channels in and out, side of the image): of ResNet-50, and what else the table has to fit.
 RESNET = [
     (POINT, 256, 256, 1024, 14), (WINDOW, 256, 256, 256, 14), (STRIDED, 256, 128, 128, 56), (STEM, 256, 3, 64, 224),
 ]  # fmt: skip
 OTHERS = [(POINT, 1, 256, 128, 14), (HALVED, 256, 256, 512, 56), (WINDOW, 256, 75, 78, 28), (GROUPS, 256, 128, 128, 56)]
+THIN = [(DEPTHWISE, 256, 96, 96, 112)]
 PLANS = [
-    ("bf16", torch.bfloat16, [*RESNET, *OTHERS, (DEPTHWISE, 256, 96, 96, 112)]),
-    ("fp16", torch.float16, RESNET),
-    ("tf32", torch.float32, [*RESNET, *OTHERS]),
-    ("ieee", torch.float32, [*RESNET, *OTHERS, (DEPTHWISE, 256, 96, 96, 112)]),
+    ("bf16", torch.bfloat16, RESNET + OTHERS + THIN),
+    ("fp16", torch.float16, RESNET[:2]),
+    ("tf32", torch.float32, RESNET[:2] + OTHERS[:3]),
+    ("ieee", torch.float32, RESNET[1:2] + OTHERS[:1] + OTHERS[2:3] + THIN),
 ]
 
 

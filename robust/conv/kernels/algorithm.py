@@ -85,7 +85,7 @@ def weight_grad(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
         geometry.stride, _start(geometry), geometry.dilation,
     )  # fmt: skip
     # torch adds up in the same order every time.
-    return sums.sum(0)[..., :c].to(x.dtype).permute(0, 3, 1, 2)
+    return sums[..., :c].sum(0).to(x.dtype).permute(0, 3, 1, 2)
 
 
 def _is_depthwise(geometry: Geometry, channels: int) -> bool:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-# Kernels compiled anew where a number is 1 or divisible by 16, as Triton does, would only cost time. What it has to know
+# Kernels compiled anew where a number is 1 or divisible by 16, as is usual, would only cost time. What has to be known
 # is how wide a load may be: so numbers of channels come in units that divide them, and these are constants.
 PLAIN = [
     "M", "H", "W", "P", "Q", "R", "S", "C", "K", "x_w", "y_n", "y_p", "y_q",
