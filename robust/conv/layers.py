@@ -11,11 +11,11 @@ from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from robust.conv.functional import conv2d
-from robust.conv.geometry import Geometry, Pair
+from robust.conv.geometry import Pair
 from robust.conv.pooling import Ints, adaptive_avg_pool2d, avg_pool2d, max_pool2d, pair, wide
+from robust.conv.window import Window
 
 Layer = TypeVar("Layer", bound=nn.Module)
 Device = torch.device | str | None
@@ -87,24 +87,17 @@ class Conv2d(nn.Module):
     def reset_parameters(self) -> None:
         _initialise(self.weight, self.bias)
 
+    @property
+    def window(self) -> Window:
+        return Window(self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
+
     def forward(self, x: Tensor) -> Tensor:
-        (top, bottom), (left, right) = self._around((x.shape[-2], x.shape[-1]))
-        padding = (top, left)
-        if self.padding_mode != "zeros" or (top, left) != (bottom, right):
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x, padding = F.pad(x, (left, right, top, bottom), mode), (0, 0)
-        return conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, self.algorithm)
-
-    def _around(self, size: Pair) -> tuple[Pair, Pair]:
-        """Pixels to add to an image of `size`: (top, bottom), (left, right)."""
-        if self.padding == "same":  # with stride 1, an output of the input's size
-            rows, columns = self._extent()
-            return _halves(rows - 1), _halves(columns - 1)
-        rows, columns = (0, 0) if isinstance(self.padding, str) else self.padding
-        return (rows, rows), (columns, columns)
-
-    def _extent(self) -> Pair:
-        return Geometry(self.kernel_size, dilation=self.dilation).extent
+        if x.dim() != 4:
+            raise ValueError(f"x must be (N, C, H, W), not {tuple(x.shape)}")
+        x, on_it = self.window.lay_on(x)
+        return conv2d(
+            x, self.weight, self.bias, on_it.stride, on_it.padding, on_it.dilation, on_it.groups, self.algorithm
+        )
 
     def extra_repr(self) -> str:
         rest = "" if self.bias is not None else ", bias=False"
@@ -130,12 +123,9 @@ class Conv2dSame(Conv2d):
         _require_type(module, Timms)
         return cls._like(module, algorithm)
 
-    def _around(self, size: Pair) -> tuple[Pair, Pair]:
-        rows, columns = (
-            _halves(max(0, (-(-n // stride) - 1) * stride + extent - n))
-            for n, stride, extent in zip(size, self.stride, self._extent(), strict=True)
-        )
-        return rows, columns
+    @property
+    def window(self) -> Window:
+        return Window(self.kernel_size, self.stride, "SAME", self.dilation, self.groups)
 
 
 class BatchNorm2d(nn.Module):
@@ -460,7 +450,3 @@ def _padding(padding: Ints | str, stride: Pair) -> Pair | str:
     if padding == "same" and stride != (1, 1):
         raise ValueError(f"padding 'same' needs stride (1, 1), not {stride}")
     return padding
-
-
-def _halves(pixels: int) -> Pair:
-    return pixels // 2, pixels - pixels // 2
