@@ -19,8 +19,9 @@ class Field:
 
     The first and the last of these pixels reach the cell; between them there may be holes, where a window is dilated or
     paths of several lengths meet. What lies before pixel 0 or beyond the image is padding, and a cell whose field
-    reaches there may see a little less of the image too. A stride of 0 means that all cells see the same: after
-    a global mean, or where the cells are no longer evenly spaced along an axis of their own (tokens).
+    reaches there may see less of the image, too, or more, where the padding is not zeros but copies of pixels. A stride
+    of 0 means one field for all cells together: after a global mean, or where they are no longer evenly spaced along an
+    axis of their own (tokens, of which `cells` then counts one).
     """
 
     cells: int
@@ -43,7 +44,7 @@ class Field:
         )
 
     def whole(self, image: int) -> "Field":
-        """Every cell sees what any of them sees."""
+        """One field for all cells: what any of them sees."""
         first, last = self.pixels(0, image), self.pixels(self.cells - 1, image)
         return Field(self.cells, first.start, 0, last.stop - first.start)
 
@@ -162,8 +163,6 @@ def _adaptive(call: Call, a: int) -> list[Axis]:
 
 
 def _padded(call: Call, a: int) -> list[Axis]:
-    if call.argument("mode", 2) == "circular":
-        return _unknown(call, a)  # the cells before the first are the last ones
     axis, amounts = call.axes[0][a], call.argument("pad", 1)
     if axis.dim is not None:
         nth = 2 * (call.inputs[0].ndim - 1 - axis.dim)  # the amounts begin with those of the last dimension
