@@ -1,6 +1,7 @@
 """Figures that the literature states, each computed here."""
 
 import doctest
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,3 +75,9 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_the_examples_in_its_docstrings() -> None:
     assert doctest.testmod(arithmetic) == (0, 2)
+
+
+def test_the_examples_in_the_documentation() -> None:
+    page = Path(__file__).parents[1] / "docs" / "convolution.md"
+    failed, tried = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
+    assert (failed, tried > 20) == (0, True)
