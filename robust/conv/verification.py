@@ -1,0 +1,251 @@
+"""The whole ladder for one network, and what it comes to."""
+
+import copy
+import platform
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robust import __version__
+from robust.conv import agreement, gates, ladder
+from robust.conv.agreement import Attacked
+from robust.conv.algorithm import ALGORITHMS
+from robust.conv.convert import Converted, Layer, convert
+from robust.conv.ladder import Measurement
+from robust.conv.shapes import Shape, miniatures, shapes
+from robust.data.sample import Dataset, Sample
+from robust.errors import InputError, unknown
+from robust.harness import pick_device
+from robust.models.model import Model
+from robust.models.probe import count_classes, describe
+from robust.options import Options
+
+ATTACKS = ("fgsm", "pgd")
+PRECISIONS = [name for name in gates.PRECISIONS if name != "float64"]
+BATCH = {"cpu": 2, "cuda": 32}  # images in a convolution at full size
+SHOWN = 3  # failures in the answer
+
+Listener = Callable[[str, int, int], None]  # what is being done, how many of it are done, of how many
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Every gate, and all that was asked."""
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    options: dict[str, Any]
+    environment: dict[str, str]
+    shapes: dict[Shape, tuple[str, ...]]  # -> the layers that compute it
+    left_out: dict[str, str]  # algorithm that no rung of the ladder is of -> why
+    measurements: tuple[Measurement, ...]
+    attacked: tuple[Attacked, ...]
+    converted: str  # `Converted.summary`
+    layers: tuple[Layer, ...]
+    notes: tuple[str, ...]  # what a reader has to know of this run
+    started: str
+    finished: str
+
+    @property
+    def failures(self) -> tuple[Measurement, ...]:
+        return tuple(row for row in self.measurements if not row.gate.passed)
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    @property
+    def answer(self) -> str:
+        """The result in one sentence, which begins with PASS or FAIL."""
+        name, held = self.model["name"], sum(row.gate.limit != gates.REPORTED for row in self.measurements)
+        if self.failures:
+            named = [str(row) for row in self.failures[:SHOWN]]
+            named += [f"and {len(self.failures) - SHOWN} more"] if len(self.failures) > SHOWN else []
+            return f"FAIL: {name} on the project's own convolution misses {len(self.failures)} of {held} gates: " + (
+                "; ".join(named)
+            )
+        attacks = " and ".join(attacked.attack for attacked in self.attacked)
+        return (
+            f"PASS: {name} on the project's own convolution is the same network: it meets all {held} gates, over "
+            f"{len(self.shapes)} distinct convolutions, logits, input gradient, and the verdicts of {attacks} on "
+            f"{self.data['images']} of {self.data['images']} images"
+        )
+
+
+def verify(
+    model: Model,
+    data: Dataset,
+    *,
+    device: str = "auto",
+    precision: str = "float32",
+    algorithm: str = "auto",
+    batch_size: int | None = None,
+    eps: float | None = None,
+    steps: int = 10,
+    seed: int = 0,
+    listener: Listener = lambda what, done, total: None,
+) -> Verification:
+    """Run the ladder for `model`, which is left as it was, on all images of `data`.
+
+    precision: of the full-size convolutions, the logits and the input gradient; attacks run in float32.
+    algorithm: of full-size convolutions that it suits; "auto" for what `functional.choose` says.
+    batch_size: of full-size convolutions; the network itself is given as many images at once, or 16.
+    eps, steps: of the attacks, in linf; None for the eps that people compare at on such images.
+
+    InputError where the model, the data or an option cannot be used.
+    """
+    started = _now()
+    where = _checked(device, precision, algorithm, batch_size, steps)
+    batch = batch_size or BATCH[where.type]
+    samples = list(data)
+    options = Options(attacks=ATTACKS, norm="linf", eps=() if eps is None else (eps,), seed=seed)
+    eps = options.suited_to(samples[0].x.shape, str(where)).eps[-1]
+    x = torch.stack([sample.x for sample in samples]).to(where)
+    labels = torch.tensor([sample.y for sample in samples], device=where)
+    original = copy.deepcopy(model.module).to(where).eval().requires_grad_(False)
+    _check_network(original, x[:1])
+
+    found = shapes(original, x[:1])
+    measurements, left_out = _climb(found, where, listener)
+    for k, shape in enumerate(found):
+        listener(str(shape), k, len(found))
+        measurements += ladder.measure(shape, batch, precision, where, algorithm)
+
+    listener("logits and input gradient", 0, 1)
+    at_once = max(batch, 16)
+    dtype = gates.PRECISIONS[precision]
+    rounded = copy.deepcopy(original).to(dtype)
+    misfits = {ladder.misfit(algorithm, shape, dtype, where) for shape in found} if algorithm != "auto" else set()
+    by = algorithm if misfits <= {None} else "auto"
+    converted, notes = _converted(model.name, rounded, x[:2].to(dtype), by)
+    if by != algorithm:
+        why = "; ".join(filter(None, misfits))
+        notes.append(f"The whole network is computed by what auto picks, as {algorithm} {why}")
+    measurements += agreement.agree(
+        rounded, converted.module, copy.deepcopy(rounded).double(), x, labels, precision, at_once
+    )
+    attacked = []
+    network = converted.module
+    if dtype != torch.float32:
+        network = _converted(model.name, original, x[:2], "auto")[0].module
+    for k, name in enumerate(ATTACKS):
+        listener(name, k, len(ATTACKS))
+        attacked.append(
+            agreement.attack(original, network, x, [s.id for s in samples], name, eps, steps, seed, at_once)
+        )
+        measurements += agreement.verdicts(attacked[-1])
+    return Verification(
+        model={
+            "name": model.name,
+            "source": model.source,
+            "fingerprint": model.fingerprint,
+            "num_classes": model.num_classes,
+            "input_size": list(x.shape[1:]),
+        },
+        data=_data(data, samples, original, x, labels, at_once),
+        options={
+            "dtype": precision, "algorithm": algorithm, "batch_size": batch, "eps": eps, "steps": steps, "seed": seed,
+        },
+        environment=_environment(where),
+        shapes=found,
+        left_out=left_out,
+        measurements=tuple(measurements),
+        attacked=tuple(attacked),
+        converted=converted.summary(),
+        layers=converted.layers,
+        notes=tuple(notes),
+        started=started,
+        finished=_now(),
+    )  # fmt: skip
+
+
+def _checked(device: str, precision: str, algorithm: str, batch_size: int | None, steps: int) -> torch.device:
+    """The device; InputError for options that it cannot do, or that nothing can."""
+    if precision not in PRECISIONS:
+        raise unknown("dtype", precision, PRECISIONS)
+    if algorithm not in ("auto", *ALGORITHMS):
+        raise unknown("algorithm", algorithm, ("auto", *ALGORITHMS))
+    if algorithm in ladder.MINIATURE_ONLY:
+        raise InputError(f"{algorithm} takes too long at full size, and is on the ladder in miniature: leave it out")
+    for name, value in (("batch_size", batch_size), ("steps", steps)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, not {value}")
+    where = pick_device(device)
+    if where.type not in BATCH:
+        raise InputError(f"device {device!r} cannot be used; name cpu or cuda")
+    if precision == "tf32" and where.type != "cuda":
+        raise InputError("tf32 is computed by a GPU's tensor cores alone; name another --dtype, or --device cuda")
+    return where
+
+
+def _check_network(network: nn.Module, x: Tensor) -> None:
+    """InputError where it is no classifier of such images, or gives no gradient."""
+    channels, height, width = x.shape[1:]
+    count_classes(network, (channels, height, width))
+    query = x.detach().requires_grad_()
+    with torch.enable_grad():
+        if not network(query).requires_grad:
+            raise InputError(
+                "the model passes no gradient back to its input: take no_grad and detach out of its forward"
+            )
+
+
+def _climb(
+    found: Iterable[Shape], device: torch.device, listener: Listener
+) -> tuple[list[Measurement], dict[str, str]]:
+    """The ladder in miniature; and the algorithms that no rung of it is of, with the reason."""
+    small = miniatures(found)
+    rows: list[Measurement] = []
+    for k, shape in enumerate(small):
+        listener(f"in miniature: {shape}", k, len(small))
+        rows += ladder.climb(shape, device)
+    absent = [name for name in ALGORITHMS if name not in {row.algorithm for row in rows}]
+    reasons = {name: {ladder.misfit(name, shape, torch.float32, device) for shape in small} for name in absent}
+    return rows, {name: "; ".join(filter(None, why)) for name, why in reasons.items()}
+
+
+def _converted(name: str, module: nn.Module, x: Tensor, algorithm: str) -> tuple[Converted, list[str]]:
+    """The network on the project's own convolution, and what is to be known of it."""
+    try:
+        converted = convert(module, x, algorithm=algorithm)
+    except Exception as error:  # of code that somebody else wrote
+        raise InputError(f"{name} cannot be converted: {describe(error.__cause__ or error)}") from error
+    notes = [
+        f"{part or 'The network'} cannot be traced, so its layers are replaced but not fused: {why}"
+        for part, why in converted.faults.items()
+    ]
+    if converted.missed:
+        named = ", ".join(f"{layer.name or 'a function'} ({layer.kind}: {layer.reason})" for layer in converted.missed)
+        notes.append(f"torch still computes {named}")
+    return converted, notes
+
+
+def _data(
+    data: Dataset, samples: Sequence[Sample], original: nn.Module, x: Tensor, labels: Tensor, batch: int
+) -> dict[str, Any]:
+    correct = (agreement.classes(original, x, batch) == labels).sum().item()
+    return {"name": data.name, "images": len(samples), "correct": correct}
+
+
+def _environment(device: torch.device) -> dict[str, str]:
+    cuda = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    return {
+        "robust": __version__,
+        "torch": version("torch"),
+        **({"triton": version("triton")} if find_spec("triton") else {}),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "device": f"{device}{cuda}",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
