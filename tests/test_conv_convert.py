@@ -18,7 +18,7 @@ from toys import conv_net, images
 NETWORKS = [
     "resnet18", "resnet50", "vgg11_bn", "densenet121", "googlenet", "mobilenet_v2", "efficientnet_b0", "convnext_tiny",
     "inception_v3", "timm:resnet18d", "timm:tf_efficientnet_lite0", "timm:densenet121", "timm:seresnet50",
-    "timm:res2net50_26w_4s",
+    "timm:mobilenetv3_small_100",
 ]  # fmt: skip
 
 

@@ -160,6 +160,7 @@ def _made(part: nn.Module, makers: dict[type, Make], algorithm: str) -> nn.Modul
 def _makers() -> dict[type, Make]:
     """torch's class -> what makes ours of it. Exactly these: a subclass may compute something else."""
     from timm import layers as timms
+    from timm.layers.linear import Linear
 
     return {
         nn.Conv2d: layers.Conv2d.from_torch,
@@ -170,6 +171,7 @@ def _makers() -> dict[type, Make]:
         nn.AvgPool2d: lambda pool, _: layers.AvgPool2d.from_torch(pool),
         nn.AdaptiveAvgPool2d: lambda pool, _: layers.AdaptiveAvgPool2d.from_torch(pool),
         nn.Linear: lambda linear, _: layers.Linear.from_torch(linear),
+        Linear: lambda linear, _: layers.Linear.from_torch(linear),
     }
 
 

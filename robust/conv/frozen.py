@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from robust.conv.algorithm import algorithm as named
 from robust.conv.functional import choose, conv2d_frozen
-from robust.conv.layers import BatchNorm2d, Conv2d, Conv2dSame
-from robust.conv.window import Window
+from robust.conv.layers import BatchNorm2d, Conv2d
 
 
 class FrozenConv2d(nn.Module):
@@ -23,7 +22,7 @@ class FrozenConv2d(nn.Module):
 
     def __init__(self, conv: Conv2d, norm: BatchNorm2d | None = None, relu: bool = False):
         super().__init__()
-        self.window = window_of(conv)
+        self.window = conv.window
         self.algorithm, self.relu = conv.algorithm, relu
         weight, shift = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
         if norm is not None:
@@ -60,11 +59,6 @@ class FrozenConv2d(nn.Module):
         super()._apply(fn, recurse)
         self._pack()
         return self
-
-
-def window_of(conv: Conv2d) -> Window:
-    padding = "SAME" if isinstance(conv, Conv2dSame) else conv.padding
-    return Window(conv.kernel_size, conv.stride, padding, conv.dilation, conv.groups, conv.padding_mode)
 
 
 def scale_and_shift(norm: BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -369,7 +369,9 @@ class Linear(nn.Module):
 
     @classmethod
     def from_torch(cls, module: nn.Linear) -> Self:
-        _require_type(module, nn.Linear)
+        from timm.layers.linear import Linear as Timms  # the same, but for its casts under TorchScript
+
+        _require_type(module, Timms if isinstance(module, Timms) else nn.Linear)
         return _sharing(cls(module.in_features, module.out_features, module.bias is not None, device="meta"), module)
 
     def reset_parameters(self) -> None:
