@@ -151,8 +151,7 @@ def _pixels(x: Tensor, geometry: Geometry, output: Pair, count_padding: bool) ->
             counts.append(kernel)
         else:
             start = torch.arange(windows, device=x.device) * stride - padding
-            count = (start + kernel).clamp(max=high) - start.clamp(min=low)
-            counts.append(count.clamp(min=1))  # a window on nothing but padding, whose sum is 0
+            counts.append((start + kernel).clamp(max=high) - start.clamp(min=low))
     rows, columns = counts
     return (rows[:, None] if isinstance(rows, Tensor) else rows) * columns
 
