@@ -121,7 +121,7 @@ def main() -> None:
                         "precision": precision, "purpose": purpose, "case": str(case), "depthwise": "OUT" in arguments,
                         "tile": [*blocks, *options.values()],
                     }  # fmt: skip
-                    jobs[made.hash(), str(options)] = (record, made, options)
+                    jobs.setdefault((made.hash(), str(options)), (record, made, options))
     with ThreadPoolExecutor(2) as pool:
         print(json.dumps(list(pool.map(lambda job: compiled(*job), jobs.values()))))
 

@@ -63,7 +63,7 @@ CASES = {
     "pixels that no output saw": Case(Geometry((1, 1), stride=(2, 3)), 2, 4, 6, (5, 4)),
     "one column": Case(Geometry((1, 1), stride=(1, 2)), 3, 4, 6, (5, 1)),
     "stride past the image": Case(Geometry((2, 1), stride=(3, 4), padding=(1, 0)), 2, 3, 5, (2, 3)),
-    "padding past the kernel": Case(Geometry((1, 2), padding=(2, 3)), 2, 3, 5, (2, 3)),
+    "padding past the kernel": Case(Geometry((1, 2), padding=(2, 3), dilation=(1, 2)), 2, 3, 5, (2, 3)),
     "no images": Case(replace(WIDE, groups=2), 0, 10, 6, (7, 6)),
     "no images, one group": Case(WIDE, 0, 5, 7, (7, 6)),
     "no images, depthwise": Case(replace(WIDE, groups=5), 0, 5, 5, (7, 6)),

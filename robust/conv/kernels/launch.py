@@ -9,7 +9,16 @@ from torch import Tensor
 
 from robust.conv.geometry import Pair
 from robust.conv.kernels import depthwise, gemm
-from robust.conv.kernels.tiles import DEPTHWISE, Tile, clipped, convolution_tile, precision, splits, weight_tile
+from robust.conv.kernels.tiles import (
+    DEPTHWISE,
+    Tile,
+    ceil_div,
+    clipped,
+    convolution_tile,
+    precision,
+    splits,
+    weight_tile,
+)
 
 INTERPRETED = not isinstance(gemm.convolve, triton.JITFunction)  # as TRITON_INTERPRET was at the first import
 MOST_FOLDED = 64  # channels times taps of a row that are read as one
@@ -46,7 +55,7 @@ def convolve(
         j, r, s, k = weight.shape
         kernel, tile = depthwise.convolve, clipped(DEPTHWISE, k, 1)
         sizes = {"J": j, "K": k, "OUT": k * j // x.shape[1], "R": r, "S": s}
-        grid = (triton.cdiv(m, tile.m), triton.cdiv(k, tile.n))
+        grid = (ceil_div(m, tile.m), ceil_div(k, tile.n))
     else:
         groups, k, _, _, c = weight.shape
         kernel, how, sizes = gemm.convolve, precision(x.dtype), _product(window, y, *weight.shape)
@@ -55,7 +64,7 @@ def convolve(
             thin=_is_thin(x, c, k),
         )  # fmt: skip
         sizes |= {"BLOCK_K": tile.k, "PRECISION": "tf32" if how == "tf32" else "ieee"}
-        grid = (triton.cdiv(m, tile.m) * triton.cdiv(k, tile.n), groups)
+        grid = (ceil_div(m, tile.m) * ceil_div(k, tile.n), groups)
     _launch(
         kernel, grid, tile, x_ptr=x, w_ptr=weight, y_ptr=y, mask_ptr=mask, scale_ptr=scale, shift_ptr=shift,
         residual_ptr=residual, RELU=relu, y_n=y.stride(0), y_p=y.stride(2), y_q=y.stride(3), **sizes, **window,
@@ -77,12 +86,12 @@ def weight_gradient(
     if groups > 1 and c == 1:
         program, tile = depthwise.weight_gradient, clipped(DEPTHWISE, channels, 1)
         sizes = {"K": channels, "OUT": k, "R": r, "S": s}
-        grid, depth = (triton.cdiv(channels, tile.n) * r * s,), tile.m
+        grid, depth = (ceil_div(channels, tile.n) * r * s,), tile.m
     else:
         program, how, sizes = gemm.weight_gradient, precision(x.dtype), _product(window, g, groups, k, r, s, c)
         tile = weight_tile(how, k, sizes["C"], thin=_is_thin(x, c, k))
         sizes |= {"BLOCK_K": tile.k, "PRECISION": "tf32" if how == "tf32" else "ieee"}
-        tiles = triton.cdiv(k, tile.m) * triton.cdiv(sizes["C"], tile.n) * sizes["R"] * sizes["S"]
+        tiles = ceil_div(k, tile.m) * ceil_div(sizes["C"], tile.n) * sizes["R"] * sizes["S"]
         grid, depth = (tiles, groups), tile.k
     parts, share = splits(window["M"], depth, math.prod(grid))
     sums = torch.empty(parts, channels, r, s, c, dtype=torch.float32, device=x.device)

@@ -1,10 +1,10 @@
 """The static table of configurations: how much of a product one program computes, by the shape of the product."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import torch
-import triton
 
 Precision = Literal["half", "tf32", "ieee"]
 FULL = 132  # programs at once that a large GPU has room for: an H100 has as many multiprocessors
@@ -56,6 +56,7 @@ def precision(dtype: torch.dtype) -> Precision:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+@cache
 def convolution_tile(
     how: Precision, m: int, n: int, k: int, *, groups: int, pointwise: bool, masked: bool, thin: bool
 ) -> Tile:
@@ -66,7 +67,7 @@ def convolution_tile(
     wide = TILES[how, "wide"]
     if thin:
         shape = "thin"
-    elif triton.cdiv(m, wide.m) * triton.cdiv(n, wide.n) * groups < FULL:
+    elif ceil_div(m, wide.m) * ceil_div(n, wide.n) * groups < FULL:
         shape = "few"
     elif pointwise:
         # Smaller tiles than the deep ones want more bytes from the cache than it gives while they are computed.
@@ -76,12 +77,14 @@ def convolution_tile(
     return clipped(TILES[how, shape], n, k)
 
 
+@cache
 def weight_tile(how: Precision, m: int, n: int, *, thin: bool) -> Tile:
     """For products of (m, pixels) with (pixels, n)."""
     tile = TILES[how, "thin" if thin else "few" if m <= 64 else "wide"]
     return clipped(tile, n, tile.k)
 
 
+@cache
 def clipped(tile: Tile, n: int, k: int) -> Tile:
     """No larger than the product, but at least 16, the least that tensor cores take."""
     return replace(tile, n=min(tile.n, _power(n)), k=min(tile.k, _power(k)))
@@ -89,10 +92,14 @@ def clipped(tile: Tile, n: int, k: int) -> Tile:
 
 def splits(pixels: int, tile: int, programs: int) -> tuple[int, int]:
     """Into how many shares to cut the pixels, in whole tiles, where a share takes `programs`; and pixels in a share."""
-    tiles = triton.cdiv(pixels, tile)
-    share = triton.cdiv(tiles, max(1, min(4 * FULL // programs, tiles // LEAST_SHARE)))
-    return triton.cdiv(tiles, share), share * tile
+    tiles = ceil_div(pixels, tile)
+    share = ceil_div(tiles, max(1, min(4 * FULL // programs, tiles // LEAST_SHARE)))
+    return ceil_div(tiles, share), share * tile
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def _power(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))
+    return max(16, 1 << (n - 1).bit_length())
