@@ -122,6 +122,7 @@ def _html(verification: "Verification", command: str) -> str:
             layers=[{key: visible(str(value)) for key, value in asdict(layer).items()} for layer in
                     verification.layers],
             notes=[visible(note) for note in verification.notes],
+            data={key: visible(str(value)) for key, value in verification.data.items()},
             model={key: visible(str(value)) for key, value in verification.model.items()},
         )
     )  # fmt: skip
