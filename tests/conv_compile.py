@@ -4,6 +4,7 @@ A script, for Triton must not have been imported as an interpreter. It runs the 
 catches the kernels that it would have launched, compiles each distinct one, and prints a JSON list of them.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -21,11 +22,11 @@ from triton.compiler import ASTSource
 from robust.conv import kernels
 from robust.conv.algorithm import Epilogue
 from robust.conv.geometry import Geometry
-from robust.conv.kernels import depthwise, gemm
+from robust.conv.kernels import depthwise, gemm, pooling
 
 TARGET = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
 
 POINT = Geometry((1, 1))
 HALVED = Geometry((1, 1), stride=(2, 2))
@@ -40,6 +41,7 @@ RESNET = [
     (POINT, 256, 256, 1024, 14), (WINDOW, 256, 256, 256, 14), (STRIDED, 256, 128, 128, 56), (STEM, 256, 3, 64, 224),
 ]  # fmt: skip
 OTHERS = [(POINT, 1, 256, 128, 14), (HALVED, 256, 256, 512, 56), (WINDOW, 256, 75, 78, 28), (GROUPS, 256, 128, 128, 56)]
+POOLS = [(STRIDED, 256, 64, 64, 112)]
 THIN = [(DEPTHWISE, 256, 96, 96, 112)]
 PLANS = [
     ("bf16", torch.bfloat16, RESNET + OTHERS + THIN),
@@ -47,6 +49,7 @@ PLANS = [
     ("tf32", torch.float32, RESNET[:2] + OTHERS[:3]),
     ("ieee", torch.float32, RESNET[1:2] + OTHERS[:1] + OTHERS[2:3] + THIN),
 ]
+PURPOSES = ("forward", "input_grad", "weight_grad", "max_pool")
 
 
 class Recorder:
@@ -59,7 +62,7 @@ class Recorder:
         return lambda **arguments: self.launches.append((self.kernel, arguments))
 
 
-def convolve(purpose: str, geometry: Geometry, dtype: torch.dtype, n: int, c: int, k: int, side: int) -> None:
+def run(purpose: str, geometry: Geometry, dtype: torch.dtype, n: int, c: int, k: int, side: int) -> None:
     """With everything that can be fused."""
     x = torch.empty(n, c, side, side, dtype=dtype, device="meta")
     weight = torch.empty(k, c // geometry.groups, *geometry.kernel, dtype=dtype, device="meta")
@@ -69,8 +72,11 @@ def convolve(purpose: str, geometry: Geometry, dtype: torch.dtype, n: int, c: in
         kernels.forward(x, kernels.pack(weight, geometry), geometry, Epilogue(scale, scale, y, relu=True))
     elif purpose == "input_grad":
         kernels.input_grad(y, kernels.pack_input_grad(weight, geometry), geometry, (side, side), mask=y)
-    else:
+    elif purpose == "weight_grad":
         kernels.weight_grad(x, y, geometry)
+    else:
+        pooled, taps = pooling.max_pool(x, geometry, geometry.output_size((side, side)))
+        pooling.max_pool_grad(pooled, taps, geometry, (side, side))
 
 
 def source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
@@ -106,22 +112,23 @@ def main() -> None:
     for module in (gemm, depthwise):
         module.convolve = Recorder(module.convolve, launches)
         module.weight_gradient = Recorder(module.weight_gradient, launches)
+    pooling._max_pool = Recorder(pooling._max_pool, launches)
+    pooling._max_pool_grad = Recorder(pooling._max_pool_grad, launches)
     jobs = {}
-    for precision, dtype, cases in PLANS:
+    for (precision, dtype, cases), purpose in itertools.product(PLANS, PURPOSES):
         torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-        for case in cases:
-            for purpose in ("forward", "input_grad", "weight_grad"):
-                launches.clear()
-                convolve(purpose, case[0], dtype, *case[1:])
-                for kernel, arguments in launches:
-                    made = source(kernel, arguments)
-                    options = {name: arguments[name] for name in ("num_warps", "num_stages")}
-                    blocks = [arguments.get(f"BLOCK_{axis}", 1) for axis in "MNK"]
-                    record = {
-                        "precision": precision, "purpose": purpose, "case": str(case), "depthwise": "OUT" in arguments,
-                        "tile": [*blocks, *options.values()],
-                    }  # fmt: skip
-                    jobs.setdefault((made.hash(), str(options)), (record, made, options))
+        for case in cases if purpose != "max_pool" else POOLS:
+            launches.clear()
+            run(purpose, case[0], dtype, *case[1:])
+            for kernel, arguments in launches:
+                made = source(kernel, arguments)
+                options = {name: arguments[name] for name in ("num_warps", "num_stages")}
+                blocks = [arguments.get(f"BLOCK_{axis}", 1) for axis in "MNK"]
+                record = {
+                    "precision": precision, "purpose": purpose, "case": str(case), "dots": "PRECISION" in arguments,
+                    "tile": [*blocks, *options.values()],
+                }  # fmt: skip
+                jobs.setdefault((made.hash(), str(options)), (record, made, options))
     with ThreadPoolExecutor(2) as pool:
         print(json.dumps(list(pool.map(lambda job: compiled(*job), jobs.values()))))
 

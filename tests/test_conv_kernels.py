@@ -22,9 +22,15 @@ triton = pytest.importorskip("triton")
 from robust.conv import kernels  # noqa: E402
 from robust.conv.algorithm import Epilogue, algorithm  # noqa: E402
 from robust.conv.geometry import Geometry, Pair, Phase  # noqa: E402
-from robust.conv.kernels import launch, tiles  # noqa: E402
+from robust.conv.kernels import launch, pooling, tiles  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+REASON = kernels.misfit(Geometry((1, 1)), torch.float32, DEVICE)
+if REASON and "numpy" in REASON:
+    pytest.skip(f"triton {REASON}", allow_module_level=True)
+
+# Of Triton 3.6, which turns arrays into numbers.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 DTYPES = {
     "float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
 }  # fmt: skip
@@ -73,9 +79,14 @@ SMALL = CASES["every axis differs"]
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is not written is NaN."""
+    """What is not written is NaN, or a tap that no window has."""
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(math.nan))
+
+    def poison(*size: object, **options: object) -> Tensor:
+        tensor = empty(*size, **options)
+        return tensor.fill_(math.nan if tensor.is_floating_point() else 99)
+
+    monkeypatch.setattr(torch, "empty", poison)
 
 
 @pytest.fixture(params=DTYPES)
@@ -175,7 +186,7 @@ def test_any_layout_in_memory(layout: str) -> None:
 
 
 def test_no_launch_for_no_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(launch, "_launch")
+    monkeypatch.delattr(launch, "launch")
     for name, case in CASES.items():
         if not case.n:
             y, dx, dw = ours(case, *case.numbers(integers))
@@ -279,6 +290,45 @@ def test_mask_of_a_relu(name: str, dtype: torch.dtype) -> None:
     assert not torch.equal(masked, kernels.input_grad(g, packed, case.geometry, case.size))
 
 
+# Pooling
+
+
+POOLS = {
+    "every axis differs": (Geometry((3, 2), (2, 1), (1, 0), (1, 2)), (2, 70, 7, 6), False),
+    "the last window hangs over": (Geometry((2, 3), (2, 2), (1, 1)), (2, 3, 6, 6), True),
+    "pixels that no window has": (Geometry((1, 2), (3, 2)), (3, 5, 7, 5), False),
+    "no images": (Geometry((2, 2), (2, 2)), (0, 5, 6, 4), False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", POOLS)
+def test_max_pool(name: str, dtype: torch.dtype) -> None:
+    """Equal to torch's, with many equal values, and images of -inf alone."""
+    geometry, shape, ceil_mode = POOLS[name]
+    generator = torch.Generator().manual_seed(0)
+    x = integers(shape, generator).to(dtype)
+    x[:, :2] = -math.inf
+    x.requires_grad_()
+    window = (geometry.kernel, geometry.stride, geometry.padding, geometry.dilation)
+    y = F.max_pool2d(x, *window, ceil_mode)
+    g = integers(y.shape, generator).to(dtype)
+    (dx,) = torch.autograd.grad(y, x, g)
+    out, taps = pooling.max_pool(x.detach().to(DEVICE), geometry, y.shape[2:])
+    assert torch.equal(out.cpu(), y)
+    assert torch.equal(pooling.max_pool_grad(g.to(DEVICE), taps, geometry, shape[2:]).cpu(), dx)
+
+
+def test_max_pool_of_nan() -> None:
+    """It wins, the first one where there are more, and takes the gradient."""
+    x = torch.tensor([[1.0, math.nan, 3.0, math.nan], [5.0, 2.0, 7.0, 8.0]], device=DEVICE)[None, None]
+    geometry = Geometry((1, 4), (1, 4))
+    y, taps = pooling.max_pool(x, geometry, (2, 1))
+    assert y[0, 0, 0, 0].isnan() and y[0, 0, 1, 0] == 8
+    dx = pooling.max_pool_grad(torch.ones_like(y), taps, geometry, (2, 4)).cpu()
+    assert dx[0, 0].tolist() == [[0, 1, 0, 0], [0, 0, 0, 1]]
+
+
 # What the gates are for
 
 
@@ -357,9 +407,10 @@ def test_compiled_for_hopper_without_a_gpu(tmp_path: Path) -> None:
     records = json.loads(run.stdout)
     for record in records:
         assert (record["STACK"], record["LOCAL"]) == (0, 0), record
-        assert record["wgmma"] == (record["precision"] != "ieee" and not record["depthwise"]), record
+        assert record["wgmma"] == (record["precision"] != "ieee" and record["dots"]), record
     seen = {(record["precision"], record["purpose"]) for record in records}
-    assert seen == set(itertools.product(("bf16", "fp16", "tf32", "ieee"), ("forward", "input_grad", "weight_grad")))
+    purposes = ("forward", "input_grad", "weight_grad", "max_pool")
+    assert seen == {*itertools.product(("bf16", "fp16", "tf32", "ieee"), purposes)} - {("ieee", "max_pool")}
     compiled = {(record["precision"], *record["tile"]) for record in records}
     wanted = {("bf16" if how == "half" else how, *astuple(tile)) for (how, _), tile in tiles.TILES.items()}
     assert wanted <= compiled

@@ -47,7 +47,7 @@ def convolve(
     """
     if not y.numel():
         return
-    window = _window(x, y, stride, start, dilation)
+    window = window_of(x, y, stride, start, dilation)
     m = window["M"]
     sizes: dict[str, Any]
     grid: tuple[int, ...]
@@ -65,7 +65,7 @@ def convolve(
         )  # fmt: skip
         sizes |= {"BLOCK_K": tile.k, "PRECISION": "tf32" if how == "tf32" else "ieee"}
         grid = (ceil_div(m, tile.m) * ceil_div(k, tile.n), groups)
-    _launch(
+    launch(
         kernel, grid, tile, x_ptr=x, w_ptr=weight, y_ptr=y, mask_ptr=mask, scale_ptr=scale, shift_ptr=shift,
         residual_ptr=residual, RELU=relu, y_n=y.stride(0), y_p=y.stride(2), y_q=y.stride(3), **sizes, **window,
     )  # fmt: skip
@@ -78,7 +78,7 @@ def weight_gradient(
 
     x (N, C, H, W) and g (N, K, P, Q) are channels_last in memory.
     """
-    window = _window(x, g, stride, start, dilation)
+    window = window_of(x, g, stride, start, dilation)
     (r, s), c, channels = kernel, x.shape[1] // groups, g.shape[1]
     k = channels // groups
     sizes: dict[str, Any]
@@ -96,11 +96,11 @@ def weight_gradient(
     parts, share = splits(window["M"], depth, math.prod(grid))
     sums = torch.empty(parts, channels, r, s, c, dtype=torch.float32, device=x.device)
     grid = (grid[0], parts, *grid[1:])
-    _launch(program, grid, tile, g_ptr=g, x_ptr=x, sums_ptr=sums, share=share, **sizes, **window)
+    launch(program, grid, tile, g_ptr=g, x_ptr=x, sums_ptr=sums, share=share, **sizes, **window)
     return sums
 
 
-def _window(x: Tensor, y: Tensor, stride: Pair, start: Pair, dilation: Pair) -> dict[str, int]:
+def window_of(x: Tensor, y: Tensor, stride: Pair, start: Pair, dilation: Pair) -> dict[str, int]:
     n, channels, height, width = x.shape
     p, q = y.shape[2:]
     return {
@@ -126,12 +126,13 @@ def _is_thin(x: Tensor, c: int, k: int) -> bool:
     return c * x.element_size() % 8 != 0 or (k > 16 and k * x.element_size() % 16 != 0)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> None:
+    """The numbers of UNITS are handed over in units, as the kernels take them."""
+    used = {name: unit for name, unit in UNITS.items() if name in arguments}
     divisors = {
-        unit: math.gcd(WIDEST, *(arguments[name] for name in UNITS if UNITS[name] == unit and name in arguments))
-        for unit in ("C_UNIT", "K_UNIT")
+        unit: math.gcd(WIDEST, *(arguments[name] for name in used if used[name] == unit)) for unit in used.values()
     }
-    arguments |= {name: arguments[name] // divisors[unit] for name, unit in UNITS.items() if name in arguments}
+    arguments |= {name: arguments[name] // divisors[unit] for name, unit in used.items()}
     options = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "num_warps": tile.warps, "num_stages": tile.stages}
     # The interpreter multiplies bfloat16 as if they were integers, and makes them of fp32 without rounding.
     wide = {name: _float(value) for name, value in arguments.items() if INTERPRETED and _is_bfloat16(value)}

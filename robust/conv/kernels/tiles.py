@@ -46,7 +46,7 @@ TILES: dict[tuple[Precision, str], Tile] = {
     ("ieee", "few"): Tile(64, 32, 16),
     ("ieee", "thin"): Tile(32, 64, 16),
 }
-DEPTHWISE = Tile(32, 64, 1)  # m pixels and n channels
+DEPTHWISE = POOLING = Tile(32, 64, 1)  # m pixels and n channels
 
 
 def precision(dtype: torch.dtype) -> Precision:
