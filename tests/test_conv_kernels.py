@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -205,12 +206,18 @@ def test_every_configuration_of_the_table(key: tuple[tiles.Precision, str], monk
     rows = tile.m // 32 + 1
     case = Case(geometry, 1, tile.k + 6, tile.n + 2, (rows, 32))
     monkeypatch.setattr(launch, "convolution_tile", lambda how, m, n, k, **flags: tiles.clipped(tile, n, k))
-    monkeypatch.setattr(launch, "weight_tile", lambda how, m, n, thin: tiles.clipped(tile, n, tile.k))
+    monkeypatch.setattr(launch, "weight_tile", lambda how, m, n, **flags: tiles.clipped(tile, n, tile.k))
     monkeypatch.setattr(launch, "precision", lambda dtype: key[0])
     check_exact(case, torch.float16 if key[0] == "half" else torch.float32)
 
 
-FLAGS = [dict(zip(("pointwise", "masked", "thin"), bits, strict=True)) for bits in itertools.product((0, 1), repeat=3)]
+def bytes_of(how: tiles.Precision, tile: tiles.Tile) -> int:
+    """In shared memory: both operands, as often as there are stages."""
+    return (tile.m + tile.n) * tile.k * tile.stages * (2 if how == "half" else 4)
+
+
+NAMES = ("pointwise", "masked", "thin", "roomy")
+FLAGS = [dict(zip(NAMES, bits, strict=True)) for bits in itertools.product((False, True), repeat=len(NAMES))]
 
 
 @pytest.mark.parametrize("how", ["half", "tf32", "ieee"])
@@ -218,12 +225,21 @@ def test_four_warps_with_windows_and_tiles_that_tensor_cores_take(how: tiles.Pre
     for m, n, k in itertools.product((49, 10**6), (1, 3, 16, 40, 64, 512, 2048), (1, 20, 64, 2048)):
         found = [tiles.convolution_tile(how, m, n, k, groups=1, **flags) for flags in FLAGS]
         assert all(tile.warps == 4 for tile, flags in zip(found, FLAGS, strict=True) if not flags["pointwise"])
-        found += [tiles.weight_tile(how, m, n, thin=thin) for thin in (False, True)]
-        assert all(tile.warps == 4 for tile in found[-2:])
-        for tile in found:
+        weights = [tiles.weight_tile(how, m, n, thin=flags["thin"], roomy=flags["roomy"]) for flags in FLAGS]
+        assert all(tile.warps == 4 for tile in weights)
+        for tile, flags in zip(found + weights, FLAGS * 2, strict=True):
+            assert bytes_of(how, tile) <= (tiles.ROOM if flags["roomy"] else 64 * 1024)
             assert min(tile.m, tile.n, tile.k) >= 16
             assert all(size & (size - 1) == 0 for size in (tile.m, tile.n, tile.k))
             assert how == "ieee" or tile.m % 64 == 0
+
+
+@pytest.mark.parametrize(("most", "roomy"), [(99, False), (163, True), (227, True)])  # KiB: RTX 4090, A100, H100
+def test_room_is_what_a_program_may_ask_for(most: int, roomy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(shared_memory_per_block=48 * 1024, shared_memory_per_block_optin=most * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert launch._is_roomy.__wrapped__(torch.device("cuda", 0)) is roomy
+    assert launch._is_roomy(torch.device("cpu"))
 
 
 def test_splits_cover_all_pixels_once() -> None:
@@ -295,6 +311,7 @@ def test_mask_of_a_relu(name: str, dtype: torch.dtype) -> None:
 
 POOLS = {
     "every axis differs": (Geometry((3, 2), (2, 1), (1, 0), (1, 2)), (2, 70, 7, 6), False),
+    "windows that overlap": (Geometry((3, 2)), (2, 3, 5, 4), False),
     "the last window hangs over": (Geometry((2, 3), (2, 2), (1, 1)), (2, 3, 6, 6), True),
     "pixels that no window has": (Geometry((1, 2), (3, 2)), (3, 5, 7, 5), False),
     "no images": (Geometry((2, 2), (2, 2)), (0, 5, 6, 4), False),

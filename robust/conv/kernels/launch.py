@@ -1,6 +1,7 @@
 """From tensors to a kernel, its grid and its configuration."""
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from robust.conv.geometry import Pair
 from robust.conv.kernels import depthwise, gemm
 from robust.conv.kernels.tiles import (
     DEPTHWISE,
+    ROOM,
     Tile,
     ceil_div,
     clipped,
@@ -61,7 +63,7 @@ def convolve(
         kernel, how, sizes = gemm.convolve, precision(x.dtype), _product(window, y, *weight.shape)
         tile = convolution_tile(
             how, m, k, sizes["C"], groups=groups, pointwise=sizes["POINTWISE"], masked=mask is not None,
-            thin=_is_thin(x, c, k),
+            thin=_is_thin(x, c, k), roomy=_is_roomy(x.device),
         )  # fmt: skip
         sizes |= {"BLOCK_K": tile.k, "PRECISION": "tf32" if how == "tf32" else "ieee"}
         grid = (ceil_div(m, tile.m) * ceil_div(k, tile.n), groups)
@@ -89,7 +91,7 @@ def weight_gradient(
         grid, depth = (ceil_div(channels, tile.n) * r * s,), tile.m
     else:
         program, how, sizes = gemm.weight_gradient, precision(x.dtype), _product(window, g, groups, k, r, s, c)
-        tile = weight_tile(how, k, sizes["C"], thin=_is_thin(x, c, k))
+        tile = weight_tile(how, k, sizes["C"], thin=_is_thin(x, c, k), roomy=_is_roomy(x.device))
         sizes |= {"BLOCK_K": tile.k, "PRECISION": "tf32" if how == "tf32" else "ieee"}
         tiles = ceil_div(k, tile.m) * ceil_div(sizes["C"], tile.n) * sizes["R"] * sizes["S"]
         grid, depth = (tiles, groups), tile.k
@@ -124,6 +126,14 @@ def _product(window: dict[str, int], y: Tensor, groups: int, k: int, r: int, s: 
 def _is_thin(x: Tensor, c: int, k: int) -> bool:
     """Whether so many channels side by side forbid wide loads, of c, or stores, of k where these are many."""
     return c * x.element_size() % 8 != 0 or (k > 16 and k * x.element_size() % 16 != 0)
+
+
+@cache
+def _is_roomy(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    has = torch.cuda.get_device_properties(device)
+    return getattr(has, "shared_memory_per_block_optin", has.shared_memory_per_block) >= ROOM
 
 
 def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> None:

@@ -146,8 +146,7 @@ def _max_pool_grad(
         p, q = rows // stride_h, columns // stride_w
         met = (rows >= 0) & (rows % stride_h == 0) & (p < P) & (columns >= 0) & (columns % stride_w == 0) & (q < Q)
         offsets = ((n.to(tl.int64) * P + p) * Q + q)[:, None] * C + c[None, :]
-        won = met[:, None] & exist
-        won &= tl.load(taps_ptr + offsets, mask=won, other=255).to(tl.int32) == tap
+        won = tl.load(taps_ptr + offsets, mask=met[:, None] & exist, other=255).to(tl.int32) == tap
         acc += tl.load(x_ptr + offsets, mask=won, other=0.0).to(tl.float32)
 
     tl.store(y_ptr + m.to(tl.int64)[:, None] * C + c[None, :], acc.to(y_ptr.dtype.element_ty), mask=exist)

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 Precision = Literal["half", "tf32", "ieee"]
+ROOM = 160 * 1024  # bytes of shared memory that the largest tiles need: a datacentre GPU of 2020 or later has them
 FULL = 132  # programs at once that a large GPU has room for: an H100 has as many multiprocessors
 LEAST_SHARE = 8  # tiles of pixels in a split, at least: below, adding the splits up costs more than they save
 
@@ -58,16 +59,17 @@ def precision(dtype: torch.dtype) -> Precision:
 
 @cache
 def convolution_tile(
-    how: Precision, m: int, n: int, k: int, *, groups: int, pointwise: bool, masked: bool, thin: bool
+    how: Precision, m: int, n: int, k: int, *, groups: int, pointwise: bool, masked: bool, thin: bool, roomy: bool
 ) -> Tile:
     """For `groups` products of (m, taps·k) with (taps·k, n), k channels of a tap at a time.
 
-    `thin`: loads are narrower than 8 bytes, so that more addresses than usual have to fit the registers.
+    `thin`: loads are narrower than 8 bytes, so that more addresses than usual have to fit the registers. `roomy`: a
+    program may have ROOM.
     """
     wide = TILES[how, "wide"]
     if thin:
         shape = "thin"
-    elif ceil_div(m, wide.m) * ceil_div(n, wide.n) * groups < FULL:
+    elif not roomy or ceil_div(m, wide.m) * ceil_div(n, wide.n) * groups < FULL:
         shape = "few"
     elif pointwise:
         # Smaller tiles than the deep ones want more bytes from the cache than it gives while they are computed.
@@ -78,9 +80,9 @@ def convolution_tile(
 
 
 @cache
-def weight_tile(how: Precision, m: int, n: int, *, thin: bool) -> Tile:
+def weight_tile(how: Precision, m: int, n: int, *, thin: bool, roomy: bool) -> Tile:
     """For products of (m, pixels) with (pixels, n)."""
-    tile = TILES[how, "thin" if thin else "few" if m <= 64 else "wide"]
+    tile = TILES[how, "thin" if thin else "few" if m <= 64 or not roomy else "wide"]
     return clipped(tile, n, tile.k)
 
 
