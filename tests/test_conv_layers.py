@@ -134,6 +134,15 @@ def test_max_pooling(size, kernel, stride, padding, dilation, ceil, seed):
     pool(max_pool2d, F.max_pool2d, x, kernel, stride, padding, dilation, ceil)
 
 
+@pytest.mark.parametrize("ceil", [False, True])
+def test_max_pooling_by_the_kernel(ceil, monkeypatch):
+    """On a GPU, or in Triton's interpreter."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("robust.conv.pooling._suits_gpu", lambda x, geometry: True)
+    x = tied(2, 3, 7, 8).to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+    pool(max_pool2d, F.max_pool2d, x, (3, 2), 2, 1, 1, ceil)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     size=SIZE, kernel=st.tuples(EXTENT, EXTENT), stride=st.none() | st.tuples(EXTENT, EXTENT),
