@@ -61,7 +61,7 @@ def _table(caption: str) -> Table:
 
 
 def _ladder(verification: "Verification") -> Table:
-    grid = _table("each algorithm against the one before, the first against torch, on whole numbers")
+    grid = _table("each algorithm against torch in float64, on whole numbers, to the last bit")
     grid.add_column("")
     grid.add_column("in miniature", overflow="fold")
     grid.add_column("by", overflow="fold")

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from robust import cli
 from robust.errors import InputError
+from robust.evaluate import _without_output as without_output
 from robust.options import parse_number
 
 _MODEL, _DATA, _GATES, _RUN = "Model", "Data", "What is measured", "Run"
@@ -82,10 +83,10 @@ def verify(
 ) -> int:  # fmt: skip
     """Verify the project's own convolution against torch's, on a network.
 
-    Every algorithm in miniature against the one before it; every distinct
-    convolution of the network at full size, forward and both gradients, against
-    torch in float64; the whole network's logits and input gradient; FGSM and PGD
-    on the original and on the network without torch's convolution.
+    Every algorithm in miniature, from plain loops up; every distinct convolution
+    of the network at full size, forward and both gradients, against torch in
+    float64; the whole network's logits and input gradient; FGSM and PGD on the
+    original and on the network without torch's convolution.
     Exit codes: 0 all gates hold, 1 one does not, 2 wrong input.
     """
     radius = None if eps is None else parse_number(eps, "eps")
@@ -112,7 +113,7 @@ def verify(
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
-    write_verification(verified, output, shlex.join(["python", "-m", "robust.verify", *sys.argv[1:]]))
+    write_verification(verified, output, shlex.join(["python", "-m", "robust.verify", *without_output(sys.argv[1:])]))
     if not quiet:
         if console.is_terminal:
             print_tables(console, verified)

@@ -463,8 +463,7 @@ def test_a_fault_on_one_rung_is_blamed_on_it_and_not_on_the_next(monkeypatch: py
     right = toeplitz.forward
     monkeypatch.setattr(toeplitz, "forward", lambda *a: right(*a) + 1)
     rows = list(ladder.climb(SMALL, CPU))
-    assert {name for name, result, _ in failures(rows) if result == "forward"} >= {"toeplitz"}
-    assert next(row.algorithm for row in rows if not row.gate.passed) == "toeplitz"
+    assert {name for name, *_ in failures(rows)} == {"toeplitz"}
 
 
 def test_a_fault_of_winograds_is_beyond_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,7 +185,7 @@ def test_the_page_says_it_in_order_and_refers_to_nothing_outside(project: Path, 
 def test_the_reports_command_runs_it_again(project: Path, capsys: Any) -> None:
     run("--output out --seed 3", capsys)
     command = report(project / "out")["command"]
-    assert command.startswith("python -m robust.verify --model model.py:net ") and "--seed 3" in command
+    assert command == f"python -m robust.verify --model model.py:net {COMMON} --seed 3"
     first = (project / "out" / "verify.csv").read_bytes()
     assert run("--output again --seed 3", capsys)[0] == 0
     assert (project / "again" / "verify.csv").read_bytes() == first

@@ -1,4 +1,4 @@
-"""The ladder climbed: every algorithm against the one before in miniature, and at full size against torch."""
+"""The ladder climbed: every algorithm in miniature, from the loops up, and at full size, against torch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -59,14 +59,14 @@ def misfit(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) ->
 
 
 def climb(shape: Shape, device: torch.device) -> Iterator[Measurement]:
-    """One miniature from torch through all the algorithms that suit it, on whole numbers, in float64.
+    """One miniature through all the algorithms that suit it, forward and both gradients, on whole numbers, in float64.
 
-    Each is held against the last exact one before it, forward and both gradients. Triton's kernels compute no
-    float64, and are held in float32, which is as exact here.
+    Each is held against torch, so that those which are exact equal one another to the last bit, and a fault is that of
+    the rung where it is seen. Triton's kernels compute no float64, and are held in float32, which is as exact here.
     """
     x, weight, g = _integers(shape, MINIATURE_BATCH, torch.float64, device)
     terms = shape.terms(MINIATURE_BATCH)
-    below = _results(_torchs(shape), x, weight, g)
+    expected = _results(_torchs(shape), x, weight, g)
     for name in ALGORITHMS:
         precision = next((p for p in ("float64", "float32") if misfit(name, shape, PRECISIONS[p], device) is None), "")
         if not precision:
@@ -77,14 +77,12 @@ def climb(shape: Shape, device: torch.device) -> Iterator[Measurement]:
             found = _results(_by(name, shape), *cast)
         bounds = Results(*(gates.bound(count, precision, name) for count in terms))
         exact = all(gates.is_exact(count, name) for count in terms)
-        for result, out, ref, limit in zip(NAMES, found, below, bounds, strict=True):
+        for result, out, ref, limit in zip(NAMES, found, expected, bounds, strict=True):
             gate = gates.exact(out, ref) if exact else Gate("bound", gates.error(out, ref), limit)
             yield Measurement("ladder", str(shape), name, result, gate)
         gate = gates.adjoint(cast, found, Results(0.0, 0.0, 0.0) if exact else bounds)
         yield Measurement("ladder", str(shape), name, "inner products", gate)
         yield Measurement("ladder", str(shape), name, "outputs", gates.written(*found))
-        if exact:
-            below = Results(*(out.double() for out in found))
 
 
 def measure(shape: Shape, batch: int, precision: str, device: torch.device, asked: str = "auto") -> list[Measurement]:
