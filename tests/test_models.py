@@ -112,7 +112,7 @@ def test_list_models_names_what_can_be_loaded() -> None:
         ("ResNet50", "did you mean resnet50"),
         ("efficientnet_lite", "did you mean efficientnet_lite0"),
         ("convnext_femto", "did you mean timm:convnext_femto"),
-        ("qqqqqqqq", "known: efficientnet_lite0, alexnet"),
+        ("qqqqqqqq", "known: efficientnet_lite0, mnist_cnn, mnist_cnn_robust, alexnet"),
         ("", "unknown model ''"),
         ("weights.pth", "a file of weights goes to --weights"),
         ("resnet50@IMAGENET1K_V3", "did you mean IMAGENET1K_V2 or IMAGENET1K_V1"),
