@@ -16,7 +16,7 @@ from robust.units import format_eps
 
 if TYPE_CHECKING:
     from robust.conv.ladder import Measurement
-    from robust.conv.verification import Verification
+    from robust.verification import Verification
 
 # History: 1: first.
 SCHEMA_VERSION = 1

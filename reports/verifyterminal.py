@@ -13,7 +13,7 @@ from robust.text import visible
 from robust.units import format_percent
 
 if TYPE_CHECKING:
-    from robust.conv.verification import Verification
+    from robust.verification import Verification
 
 
 def print_tables(console: Console, verification: "Verification") -> None:

@@ -23,7 +23,7 @@ def evaluate(
         str,
         typer.Option(
             help="torchvision name, [bold]torchvision:NAME@WEIGHTS[/], [bold]timm:NAME[/], the bundled "
-            "efficientnet_lite0, or [bold]file.py:factory[/] (module:factory).",
+            "efficientnet_lite0, mnist_cnn and mnist_cnn_robust, or [bold]file.py:factory[/] (module:factory).",
             rich_help_panel=_MODEL,
         ),
     ] = "efficientnet_lite0",
@@ -193,7 +193,7 @@ def evaluate(
     )
     crafted_on = None if surrogate is None else load_model(surrogate)
     console = Console()
-    command = shlex.join(["python", "-m", "robust.evaluate", *_without_output(sys.argv[1:])])
+    command = shlex.join(["python", "-m", "robust.evaluate", *without_output(sys.argv[1:])])
     total = None if dataset.size is None else dataset.size * len(options.attacks)
     try:
         with Meter(console, total, quiet) as meter:
@@ -216,7 +216,7 @@ def evaluate(
     return 1 if failed else 0
 
 
-def _without_output(arguments: Sequence[str]) -> Iterator[str]:
+def without_output(arguments: Sequence[str]) -> Iterator[str]:
     """The arguments that make the same run in another folder."""
     remaining = iter(arguments)
     for argument in remaining:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from robust import cli
 from robust.errors import InputError
-from robust.evaluate import _without_output as without_output
+from robust.evaluate import without_output
 from robust.options import parse_number
 
 _MODEL, _DATA, _GATES, _RUN = "Model", "Data", "What is measured", "Run"
@@ -97,7 +97,7 @@ def verify(
     # Late, so that --help does not wait for torch.
     from reports.verify import write_verification
     from reports.verifyterminal import plain_lines, print_tables
-    from robust.conv import verification
+    from robust import verification
     from robust.data import load_data
     from robust.models import load_model
 

@@ -10,8 +10,8 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robust.agreement import Attacked, agree, attack, verdicts
 from robust.conv import gates, im2col, ladder, toeplitz, winograd
-from robust.conv.agreement import Attacked, agree, attack, verdicts
 from robust.conv.gates import Gate, Results
 from robust.conv.geometry import Geometry
 from robust.conv.shapes import Shape, miniatures, shapes

@@ -74,9 +74,28 @@ def test_without_onednn(monkeypatch):
     assert_exact(im2col, DIFFERING, torch.float32)
 
 
+@pytest.mark.parametrize("length, count", [(1, 1), (512, 1), (576, 2), (1152, 3), (1280, 4), (4608, 9), (1031, 1)])
+def test_pieces(length, count):
+    b = torch.arange(3.0 * length).view(3, length)
+    found = product.pieces(b)
+    assert found.shape == (count, 3, length // count) and found.is_contiguous()
+    assert torch.equal(torch.cat([*found], 1), b)
+
+
+def test_long_sums_round_as_short_ones():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(64, 4096, generator=generator), torch.randn(48, 4096, generator=generator)
+    if not product._has_onednn(a):
+        pytest.skip("by another library than oneDNN")
+    exact = a.double() @ b.double().t()
+    whole, pieced = (relative_error(product.product(a, kind), exact) for kind in (b.unsqueeze(0), product.pieces(b)))
+    assert pieced < 0.8 * whole
+
+
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("epilogue", range(16))
 def test_product_and_its_epilogue(epilogue, onednn, monkeypatch):
+    monkeypatch.setattr(product, "LONGEST", 3)  # seven products: more than a piece, and in no equal pieces but one each
     if not onednn:
         monkeypatch.setattr(product, "_has_onednn", lambda a: False)
     generator = torch.Generator().manual_seed(0)
@@ -84,7 +103,7 @@ def test_product_and_its_epilogue(epilogue, onednn, monkeypatch):
     scale, shift = torch.tensor([1.0, 2, -1, 0.5]), torch.tensor([-1.0, 0, 3, 8])
     parts = [bool(epilogue & bit) for bit in (1, 2, 4, 8)]
     given = Epilogue(*(part if wanted else None for part, wanted in zip((scale, shift, residual), parts, strict=False)))
-    y = product.product(a, b, Epilogue(given.scale, given.shift, given.residual, parts[3]))
+    y = product.product(a, product.pieces(b), Epilogue(given.scale, given.shift, given.residual, parts[3]))
     expected = a @ b.t()
     expected = expected * scale if parts[0] else expected
     expected = expected + shift if parts[1] else expected

@@ -19,8 +19,8 @@ from torch import Tensor
 import robust.verify
 from reports.verify import COLUMNS, shape_rows
 from reports.verifyterminal import print_tables
-from robust import cli
-from robust.conv import convert, frozen, im2col, verification
+from robust import cli, verification
+from robust.conv import convert, frozen, im2col
 from robust.conv.gates import Gate
 from robust.conv.geometry import Geometry
 from robust.conv.ladder import Measurement

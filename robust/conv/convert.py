@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -238,7 +237,7 @@ def _fuse(traced: fx.GraphModule, x: Tensor | None) -> dict[str, Layer]:
     """Batch-norm, residual and ReLU into the convolution before them; by name, the layers that are fused."""
     if x is not None:
         with torch.no_grad():
-            ShapeProp(traced).propagate(x)
+            _Shapes(traced).run(x)
     report: dict[str, Layer] = {}
     calls = Counter(str(node.target) for node in traced.graph.nodes if node.op == "call_module")
     frozen: set[fx.Node] = set()  # convolutions
@@ -281,8 +280,7 @@ def _take_residual(traced: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) 
     other = next(arg for arg in reader.all_input_nodes if arg is not node)
     if other in frozen and other > node and len(other.users) == 1:
         return node  # that one comes later, and will take this one
-    mine, its = node.meta.get("tensor_meta"), other.meta.get("tensor_meta")
-    if mine is None or its is None or (mine.shape, mine.dtype) != (its.shape, its.dtype):
+    if None in (mine := node.meta.get("shape"), its := other.meta.get("shape")) or mine != its:
         return node
     with traced.graph.inserting_before(reader):
         moved = traced.graph.call_module(str(node.target), (node.args[0], other))
@@ -291,6 +289,16 @@ def _take_residual(traced: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) 
     traced.graph.erase_node(reader)
     traced.graph.erase_node(node)
     return moved
+
+
+class _Shapes(fx.Interpreter):
+    """Notes the shape and dtype of each tensor in the graph."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            n.meta["shape"] = (result.shape, result.dtype)
+        return result
 
 
 def _fused(traced: fx.GraphModule, reader: fx.Node, node: fx.Node) -> Layer:

@@ -75,6 +75,11 @@ def choose(geometry: Geometry, channels: Pair, dtype: torch.dtype, device: torch
     return "im2col"
 
 
+def for_weight_grad(chosen: str) -> str:
+    """What "auto" takes for the weight gradient where `choose` says `chosen`: Winograd loses too much in its sums."""
+    return "im2col" if chosen.startswith("winograd") else chosen
+
+
 # The operators. Lists of two are (rows, columns); what they mean is above and in `Algorithm`.
 
 
@@ -123,6 +128,8 @@ def _weight_grad(
     groups: int, algorithm: str,
 ) -> Tensor:  # fmt: skip
     geometry = _geometry(kernel, stride, padding, dilation, groups)
+    if algorithm == "auto":
+        algorithm = for_weight_grad(choose(geometry, (x.shape[1], g.shape[1]), x.dtype, x.device))
     chosen = _chosen(algorithm, geometry, (x.shape[1], g.shape[1]), x)
     return _own(chosen.weight_grad(x, g, geometry))
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from robust.conv.algorithm import BARE, Epilogue
 from robust.conv.geometry import Axes, Geometry, Pair
-from robust.conv.product import product
+from robust.conv.product import pieces, product
 
 WINDOW_VALUES = 2**20  # written out at once: a few MB, for the product to find in cache
 FEW_CHANNELS = 4  # times as many output channels as input channels, and the gradient is scattered
@@ -56,7 +56,8 @@ def input_grad(g: Tensor, packed: list[Tensor], geometry: Geometry, size: Pair, 
         (axes,) = geometry.phases(size)
         return _correlate(g, packed[0], axes, mask=mask).permute(0, 3, 1, 2)
     g = masked(g, mask)
-    dx = g.new_zeros(len(g), *size, packed[0].shape[:-1].numel() if packed[0].ndim == 3 else packed[0].shape[1])
+    channels = packed[0].shape[1] if packed[0].ndim == 2 else packed[0].shape[0] * packed[0].shape[2]
+    dx = g.new_zeros(len(g), *size, channels)
     for rows, columns in geometry.phases(size):
         if rows.taps and columns.taps:
             matrix = packed[rows.offset * geometry.stride[1] + columns.offset]
@@ -90,11 +91,12 @@ def masked(g: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _packed(weight: Tensor, groups: int) -> Tensor:
-    """(groups, K / groups, R·S·C / groups); depthwise, (R·S, K)."""
+    """(groups, pieces, K / groups, R·S·C / groups / pieces), see `pieces`; depthwise, (R·S, K)."""
     k = weight.shape[0]
     if groups > 1 and weight.shape[1] == 1:
         return weight.flatten(1).t().contiguous()
-    return weight.permute(0, 2, 3, 1).reshape(groups, k // groups, -1).contiguous()
+    matrix = weight.permute(0, 2, 3, 1).reshape(groups, k // groups, -1).contiguous()
+    return pieces(matrix[0]).unsqueeze(0) if groups == 1 else matrix.unsqueeze(1)
 
 
 def _correlate(
@@ -109,7 +111,8 @@ def _correlate(
     if matrix.ndim == 2:
         return _tap_by_tap(masked(x, mask), matrix, axes, stride, epilogue)
     rows, columns = axes
-    groups, k, window = matrix.shape
+    groups, count, k, length = matrix.shape
+    window = count * length
     y = x.new_empty(len(x), rows.count, columns.count, groups * k)
     values = columns.count * groups * window
     if window * groups == x.shape[3]:  # 1 x 1: nothing is written out
@@ -127,7 +130,7 @@ def _correlate(
                 return sums.view(y.shape)
             block.copy_(sums)
         else:
-            block.unflatten(1, (groups, k)).copy_(torch.bmm(seen, matrix.transpose(1, 2)).transpose(0, 1))
+            block.unflatten(1, (groups, k)).copy_(torch.bmm(seen, matrix[:, 0].transpose(1, 2)).transpose(0, 1))
             part.apply_(block, axis=-1)
     return y
 
@@ -201,7 +204,7 @@ def _scatter(g: Tensor, matrix: Tensor, geometry: Geometry, size: Pair) -> Tenso
     dx = g.new_empty(n, *size, c)
     for images, _ in _blocks(n, 1, p * q * len(matrix)):
         theirs = g[images]
-        shares = product(matrix, theirs.flatten(0, 2)).view(r, s, c, len(theirs), p, q)
+        shares = product(matrix, theirs.flatten(0, 2).unsqueeze(0)).view(r, s, c, len(theirs), p, q)
         sums = g.new_zeros(c, len(theirs), tall, wide, dtype=torch.promote_types(g.dtype, torch.float32))
         for i in range(r):
             for j in range(s):

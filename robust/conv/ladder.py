@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from robust.conv import gates
 from robust.conv.algorithm import ALGORITHMS, algorithm
-from robust.conv.functional import choose, conv2d
+from robust.conv.functional import choose, conv2d, for_weight_grad
 from robust.conv.gates import NAMES, PRECISIONS, Gate, Results
 from robust.conv.shapes import Shape
 
@@ -93,22 +93,28 @@ def measure(shape: Shape, batch: int, precision: str, device: torch.device, aske
     """
     dtype, terms = PRECISIONS[precision], shape.terms(batch)
     picked = choose(shape.geometry, (shape.channels, shape.filters), dtype, device)
-    name = picked if asked == "auto" or misfit(asked, shape, dtype, device) else asked
+    name = "auto" if asked in ("auto", picked) or misfit(asked, shape, dtype, device) else asked
+    names = Results(picked, picked, for_weight_grad(picked)) if name == "auto" else Results(name, name, name)
     with gates.arithmetic(precision):
-        rows = [*_on_randoms(shape, batch, precision, device, name, name == picked)]
-        if all(gates.is_exact(count, name) for count in terms):
+        rows = [*_on_randoms(shape, batch, precision, device, name, names)]
+        if all(gates.is_exact(count, by) for count, by in zip(terms, names, strict=True)):
             rows += _on_integers(shape, batch, dtype, device, name)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the next shape's tensors have other sizes
-    return [Measurement("shapes", str(shape), name, result, gate, torchs) for result, gate, torchs in rows]
+    by = dict(zip(NAMES, names, strict=True))
+    return [
+        Measurement("shapes", str(shape), by.get(result, names.y), result, gate, torchs)
+        for result, gate, torchs in rows
+    ]
 
 
 Row = tuple[str, Gate, float | None]
 
 
 def _on_randoms(
-    shape: Shape, batch: int, precision: str, device: torch.device, name: str, picked: bool
+    shape: Shape, batch: int, precision: str, device: torch.device, name: str, names: Results[str]
 ) -> Iterator[Row]:
+    """`name` is what is asked for, `names` what computes each result then."""
     dtype = PRECISIONS[precision]
     inputs = _randoms(shape, batch, dtype, device)
     ref = _results(_torchs(shape), *(tensor.double() for tensor in inputs))
@@ -117,11 +123,11 @@ def _on_randoms(
     own = Results(*map(gates.error, _results(_torchs(shape), *laid), ref))
     with gates.poisoned():
         found = _results(_by(name, shape), *inputs)
-    bounds = Results(*(gates.bound(count, precision, name) for count in shape.terms(batch)))
+    bounds = Results(*(gates.bound(n, precision, by) for n, by in zip(shape.terms(batch), names, strict=True)))
     for result, out, known, torchs, limit in zip(NAMES, found, ref, own, bounds, strict=True):
         error = gates.error(out, known)
         yield result, Gate("bound", error, limit), torchs
-        yield result, gates.relative(error, torchs, result, held=picked), torchs
+        yield result, gates.relative(error, torchs, result, held=name == "auto"), torchs
     yield "inner products", gates.adjoint(inputs, found, bounds), None
     yield "outputs", gates.written(*found), None
 

@@ -5,19 +5,41 @@ from torch import Tensor
 
 from robust.conv.algorithm import BARE, Epilogue
 
+LONGEST = 512  # products in one sum
+
+
+def pieces(b: Tensor) -> Tensor:
+    """(pieces, N, K / pieces) from (N, K): each sum in as few equal pieces as are not longer than LONGEST.
+
+    In one, where that would take far more pieces than necessary.
+    """
+    length = b.shape[1]
+    fewest = -(-length // LONGEST)
+    count = next((n for n in range(fewest, 4 * fewest) if length % n == 0), 1)
+    return b.view(len(b), count, -1).transpose(0, 1).contiguous()
+
 
 def product(a: Tensor, b: Tensor, epilogue: Epilogue = BARE) -> Tensor:
-    """relu(a @ b.T · scale + shift + residual), each part optional: (M, K), (N, K) -> (M, N).
+    """relu(a @ b.T · scale + shift + residual), each part optional: (M, K), `pieces` of (N, K) -> (M, N).
 
     In float32 by oneDNN's product, which uses a CPU's widest registers whoever made it, and does the epilogue while the
-    sums are in cache; torch.mm calls MKL, which leaves half of them idle on some.
+    sums are in cache; torch.mm calls MKL, which leaves half of them idle on some. oneDNN adds up the products one after
+    the other: in pieces, the rounding errors of a long sum stay as small as those of a short one.
     """
     if epilogue.scale is not None or not _has_onednn(a):
-        return epilogue.apply_(torch.mm(a, b.t()), axis=-1)
-    if epilogue.residual is None:
-        activation = "relu" if epilogue.relu else "none"
-        return torch.ops.mkldnn._linear_pointwise(a, b, epilogue.shift, activation, [], "")
-    y = torch.ops.mkldnn._linear_pointwise.binary(a, epilogue.residual, b, epilogue.shift, "add")
+        return epilogue.apply_(torch.mm(a, b.transpose(0, 1).flatten(1).t()), axis=-1)
+    linear, y, shift = torch.ops.mkldnn._linear_pointwise, epilogue.residual, epilogue.shift
+    if len(b) == 1 and y is None:
+        return linear(a, b[0], shift, "relu" if epilogue.relu else "none", [], "")
+    for columns, piece in zip(a.chunk(len(b), dim=1), b, strict=True):
+        columns = columns.contiguous()  # oneDNN takes a thousand times as long for others
+        y = (
+            linear(columns, piece, shift, "none", [], "")
+            if y is None
+            else linear.binary(columns, y, piece, shift, "add")
+        )
+        shift = None
+    assert y is not None
     return y.relu_() if epilogue.relu else y
 
 

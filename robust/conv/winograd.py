@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from robust.conv.algorithm import BARE, Epilogue
 from robust.conv.geometry import Geometry, Pair
 from robust.conv.im2col import masked, pixels_first
-from robust.conv.product import product
+from robust.conv.product import pieces, product
 
 TILE_VALUES = 2**21  # transformed at once
 R = 3
@@ -113,7 +113,7 @@ class Winograd:
         th, tw = (-(-count // m) for count in size)
         y = x.new_empty(len(x), *size, k)
         for images, inputs in self._transformed(x, before, size):
-            values = torch.stack([product(a, b) for a, b in zip(inputs, kernels, strict=True)])  # (n², T, K)
+            values = torch.stack([product(a, pieces(b)) for a, b in zip(inputs, kernels, strict=True)])  # (n², T, K)
             outputs = torch.mm(self.values_to_outputs.to(x), values.flatten(1)).view(m, m, -1, th, tw, k)
             whole = outputs.permute(2, 3, 0, 4, 1, 5)  # (N, th, m, tw, m, K)
             if size == (th * m, tw * m):

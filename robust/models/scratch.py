@@ -1,4 +1,4 @@
-"""`--conv scratch`: the model under test on the project's own convolution, so that a verdict is reached a second time."""
+"""`--conv scratch`: the model under test on the project's own convolution, to reach a verdict a second time."""
 
 from dataclasses import replace
 

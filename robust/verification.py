@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robust import __version__
-from robust.conv import agreement, gates, ladder
-from robust.conv.agreement import Attacked
+from robust import __version__, agreement
+from robust.agreement import Attacked
+from robust.conv import gates, ladder, layers
 from robust.conv.algorithm import ALGORITHMS
 from robust.conv.convert import Converted, Layer, convert
 from robust.conv.ladder import Measurement
@@ -109,6 +109,8 @@ def verify(
     eps = options.suited_to(samples[0].x.shape, str(where)).eps[-1]
     x = torch.stack([sample.x for sample in samples]).to(where)
     labels = torch.tensor([sample.y for sample in samples], device=where)
+    if any(isinstance(part, layers.Conv2d) for part in model.module.modules()):
+        raise InputError(f"{model.name} is on the project's own layers as it is: there is no torch to hold it against")
     original = copy.deepcopy(model.module).to(where).eval().requires_grad_(False)
     _check_network(original, x[:1])
 
