@@ -14,6 +14,7 @@ import torch
 import torchvision
 import typer
 from torch import nn
+from torchvision.models.resnet import Bottleneck
 
 from robust.data import load_data
 from robust.models import load_model
@@ -21,6 +22,8 @@ from robust.models.model import Normalize
 
 SIZE = 224
 RIDGE = 1e-3  # of the features' mean square
+# What each block adds to its input. With all of it, random blocks leave little of the image, and rounding as much.
+BRANCH = 0.2
 
 
 def main(path: Annotated[Path, typer.Argument(help="Where to write the state dict (.pth).")], seed: int = 0) -> None:
@@ -34,6 +37,8 @@ def main(path: Annotated[Path, typer.Argument(help="Where to write the state dic
     for part in network.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.momentum = None  # the statistics of this one batch
+        if isinstance(part, Bottleneck):
+            nn.init.constant_(part.bn3.weight, BRANCH)
     weights = torchvision.models.ResNet50_Weights.DEFAULT.transforms()
     features = nn.Sequential(Normalize(weights.mean, weights.std), *list(network.children())[:-1], nn.Flatten())
     with torch.no_grad():
