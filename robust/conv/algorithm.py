@@ -37,6 +37,12 @@ class Epilogue:
 BARE = Epilogue()  # the sum itself
 
 
+def stored(result: Tensor, like: Tensor) -> Tensor:
+    """A result in `like`'s dtype, rounded once, and channels_last in memory."""
+    out = torch.empty(result.shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    return out.copy_(result)
+
+
 class Algorithm(Protocol):
     """One way to compute a convolution; a module or an object.
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from robust.conv.algorithm import Epilogue
+from robust.conv.algorithm import Epilogue, stored
 from robust.conv.geometry import Geometry, Pair
 
 Maps = list[list[list[float]]]  # an image's channels, or an output's: [channel][row][column]
@@ -104,29 +104,23 @@ def forward(x: Tensor, packed: list[Tensor], geometry: Geometry, epilogue: Epilo
     filters: Filters = packed[0].double().tolist()
     images = [convolve(image, filters, [0.0] * len(filters), geometry) for image in x.double().tolist()]
     y = _tensor(images, (len(x), len(filters), *geometry.output_size((x.shape[2], x.shape[3]))), x)
-    return _stored(epilogue.apply_(y), x)
+    return stored(epilogue.apply_(y), x)
 
 
 def input_grad(g: Tensor, packed: list[Tensor], geometry: Geometry, size: Pair, mask: Tensor | None = None) -> Tensor:
     filters: Filters = packed[0].double().tolist()
     g = g if mask is None else g.where(mask > 0, 0)
     grads = [image_gradient(maps, filters, geometry, size) for maps in g.double().tolist()]
-    return _stored(_tensor(grads, (len(g), len(filters[0]) * geometry.groups, *size), g), g)
+    return stored(_tensor(grads, (len(g), len(filters[0]) * geometry.groups, *size), g), g)
 
 
 def weight_grad(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
     pairs = zip(x.double().tolist(), g.double().tolist(), strict=True)
     grads = [filters_gradient(image, maps, geometry) for image, maps in pairs]
     shape = (g.shape[1], x.shape[1] // geometry.groups, *geometry.kernel)
-    return _stored(_tensor(grads, (len(x), *shape), x).sum(0), x)
+    return stored(_tensor(grads, (len(x), *shape), x).sum(0), x)
 
 
 def _tensor(lists: list, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """In float64; of no images, an empty list says no more than that."""
     return torch.tensor(lists, dtype=torch.float64, device=like.device).reshape(shape)
-
-
-def _stored(result: Tensor, like: Tensor) -> Tensor:
-    """Rounded once, channels last."""
-    out = torch.empty(result.shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-    return out.copy_(result)

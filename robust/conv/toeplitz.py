@@ -8,7 +8,7 @@ the convolution, and one with its transpose hands the gradient at y back to x.
 import torch
 from torch import Tensor
 
-from robust.conv.algorithm import Epilogue
+from robust.conv.algorithm import Epilogue, stored
 from robust.conv.geometry import Geometry, Pair
 
 
@@ -72,14 +72,14 @@ pack_input_grad = pack
 def forward(x: Tensor, packed: list[Tensor], geometry: Geometry, epilogue: Epilogue) -> Tensor:
     (weight,), size = packed, (x.shape[2], x.shape[3])
     y = matrix(weight.double(), geometry, size) @ x.double().flatten(1).t()  # (K P Q, N)
-    return _stored(epilogue.apply_(y.t().unflatten(1, (len(weight), *geometry.output_size(size)))), x)
+    return stored(epilogue.apply_(y.t().unflatten(1, (len(weight), *geometry.output_size(size)))), x)
 
 
 def input_grad(g: Tensor, packed: list[Tensor], geometry: Geometry, size: Pair, mask: Tensor | None = None) -> Tensor:
     (weight,) = packed
     g = g if mask is None else g.where(mask > 0, 0)
     x_grad = matrix(weight.double(), geometry, size).t() @ g.double().flatten(1).t()  # (C H W, N)
-    return _stored(x_grad.t().unflatten(1, (weight.shape[1] * geometry.groups, *size)), g)
+    return stored(x_grad.t().unflatten(1, (weight.shape[1] * geometry.groups, *size)), g)
 
 
 def weight_grad(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
@@ -88,10 +88,4 @@ def weight_grad(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
     outputs, pixels, weights = entries(shape, geometry, (x.shape[2], x.shape[3]), x.device)
     grads = (g.double().flatten(1)[:, outputs] * x.double().flatten(1)[:, pixels]).sum(0)
     weight_grad = grads.new_zeros(shape).flatten().index_add_(0, weights, grads)
-    return _stored(weight_grad.view(shape), x)
-
-
-def _stored(result: Tensor, like: Tensor) -> Tensor:
-    """Rounded once, channels last."""
-    out = torch.empty(result.shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-    return out.copy_(result)
+    return stored(weight_grad.view(shape), x)
