@@ -51,6 +51,7 @@ def test_any_memory_format(case, memory):
 def test_blocks_of_any_size(case, values, monkeypatch):
     """From a line at a time, which cuts through images, to several images."""
     monkeypatch.setattr(im2col, "WINDOW_VALUES", values)
+    monkeypatch.setattr(im2col, "TAP_VALUES", values)
     assert_exact(im2col, case)
     inputs = integers(case, dtype=torch.float32)
     residual = torch.randint(-2, 3, case.y_shape).float()

@@ -18,6 +18,7 @@ from robust.conv.geometry import Axes, Geometry, Pair
 from robust.conv.product import pieces, product
 
 WINDOW_VALUES = 2**20  # written out at once: a few MB, for the product to find in cache
+TAP_VALUES = 2**18  # of the output, summed tap by tap at once
 FEW_CHANNELS = 4  # times as many output channels as input channels, and the gradient is scattered
 
 
@@ -173,19 +174,22 @@ def _view(x: Tensor, axes: Axes, stride: Pair) -> Tensor:
 
 def _tap_by_tap(x: Tensor, taps: Tensor, axes: Axes, stride: Pair, epilogue: Epilogue) -> Tensor:
     """(N, P, Q, K): channel k is the window of channel k·C // K times taps (R·S, K)."""
-    rows, columns = axes
-    multiplier = taps.shape[1] // x.shape[3]
-    y = x.new_empty(len(x), rows.count, columns.count, taps.shape[1])
+    (rows, columns), (n, _, _, c), k = axes, x.shape, taps.shape[1]
     wide = torch.promote_types(x.dtype, torch.float32)
-    for image in range(len(x)):  # one by one, which fits into a cache
-        windows = _view(x[image : image + 1].to(wide), axes, stride)[0].flatten(2, 3)  # (P, Q, R·S, C)
-        if multiplier > 1:
-            windows = windows.repeat_interleave(multiplier, dim=3)
-        sums = torch.mul(windows[:, :, 0], taps[0].to(wide))
-        for tap in range(1, len(taps)):
-            sums.addcmul_(windows[:, :, tap], taps[tap].to(wide))
-        y[image] = sums
-    return epilogue.apply_(y, axis=-1)
+    y = x.new_empty(n, rows.count, columns.count, k, dtype=wide)
+    taps = taps.to(wide).view(len(rows.taps), len(columns.taps), k)
+    few = max(1, TAP_VALUES // (columns.count * k))
+    for image in range(n):
+        seen = x[image : image + 1].to(wide)
+        windows = _view(seen.repeat_interleave(k // c, dim=3) if k > c else seen, axes, stride)[0]  # (P, Q, R, S, K)
+        for first in range(0, rows.count, few):
+            lines = slice(first, first + few)
+            sums = y[image, lines]
+            torch.mul(windows[lines, :, 0, 0], taps[0, 0], out=sums)
+            for tap in range(1, taps[..., 0].numel()):
+                r, s = divmod(tap, len(columns.taps))
+                sums.addcmul_(windows[lines, :, r, s], taps[r, s])
+    return epilogue.apply_(y, axis=-1).to(x.dtype)
 
 
 def _scatter(g: Tensor, matrix: Tensor, geometry: Geometry, size: Pair) -> Tensor:
