@@ -174,6 +174,7 @@ def network_row(row: "Measurement") -> dict[str, Any]:
         "written": ("values left unwritten", "{:.0f}".format),
         "signs": ("signs that are not float64's", lambda share: f"{100 * share:.4f} %"),
         "top-1": ("images of another top-1", "{:.0f}".format),
+        "left to torch": ("left to torch", "{:.0f}".format),
     }[row.gate.name]
     return {
         "result": row.result,

@@ -186,7 +186,7 @@ def execute(
     options = options.suited_to(first.x.shape, str(pick_device(options.device)))
     class_names = model.class_names or data.class_names
     if options.conv == "scratch":
-        model = from_scratch(model, first.x.unsqueeze(0).to(_device_of(model)))
+        model = from_scratch(model, first.x.unsqueeze(0), pick_device(options.device))
     if surrogate is not None:
         _check_reads(surrogate.module, surrogate.name, first)
     planned = plan(options, model, class_names, surrogate)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import robust
 from robust import cli
+from robust.conv import im2col
 from robust.conv.convert import FUSED, LEFT, REPLACED, NotConverted, convert
 from robust.conv.frozen import FrozenConv2d
 from robust.data import load_data
@@ -99,9 +100,9 @@ def test_the_network_is_left_as_it_was():
 class Untraceable(nn.Module):
     """The code wants to know a value."""
 
-    def __init__(self):
+    def __init__(self, channels: int = 4):
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.conv, self.norm = nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels)
 
     def forward(self, x):
         y = self.norm(self.conv(x))
@@ -185,7 +186,7 @@ def test_a_layer_that_is_none_of_ours_is_named(layer, reason):
 def test_hooks_are_not_thrown_away():
     net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
     net[0].register_forward_hook(lambda module, inputs, output: 2 * output)
-    assert [layer.reason for layer in convert(net).missed] == ["it has hooks"]
+    assert [layer.reason for layer in convert(net).missed] == ["it has hooks, or a forward of its own"]
 
 
 def test_a_layer_called_twice_is_not_fused():
@@ -215,6 +216,110 @@ def test_a_sum_that_broadcasts_is_not_a_residual():
 
     net, x = Broadcast().double(), images(2).double()
     agree(net, convert(net, x, strict=True).module, x)
+
+
+class Coded(nn.Module):
+    """Layers, and a forward of one's own."""
+
+    def __init__(self, code, hidden=None):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.relu, self.pool = nn.ReLU(inplace=True), nn.MaxPool2d(2)
+        self.hidden = hidden or Untraceable(3)
+        nn.init.uniform_(self.norm.running_mean)
+        self.code = code
+
+    def forward(self, x):
+        return self.code(self, x)
+
+
+def _and_then(statement, result):
+    return result
+
+
+CODES = {
+    "a view, as LeNet has it": lambda m, x: m.pool(F.relu(m.conv(x))).view(x.size(0), -1),
+    "an activation in place, behind a pool": lambda m, x: m.relu(m.pool(m.conv(x))),
+    "a convolution read twice": lambda m, x: m.norm(y := m.conv(x)) + y,
+    "its weight read too": lambda m, x: m.norm(m.conv(x)) + F.conv2d(x, m.conv.weight, padding=1),
+    "a sum with a factor": lambda m, x: torch.add(m.conv(x), x, alpha=2),
+    "a statement in place, before what cannot be traced": lambda m, x: _and_then((y := m.conv(x)).add_(1), m.hidden(y)),
+    "an activation as a statement": lambda m, x: _and_then(m.relu(y := m.conv(x)), m.hidden(y)),
+    "a linear function": lambda m, x: F.linear(m.conv(x).flatten(1), torch.ones(4, 432, dtype=x.dtype)),
+    "arguments by name": lambda m, x: F.avg_pool2d(input=m.conv(x), kernel_size=2),
+    "a branch on what is traced": lambda m, x: m.conv(x) * (1 if isinstance(x, torch.Tensor) else 2),
+}
+
+
+@pytest.mark.parametrize("code", CODES.values(), ids=CODES)
+def test_whatever_the_code_does(code):
+    net, x = Coded(code).double().eval(), images(2).double()
+    agree(net, convert(net, x, strict=True).module, x)
+
+
+def test_tracing_that_changes_what_is_computed_is_given_up():
+    net, x = Coded(CODES["a branch on what is traced"]).double().eval(), images(2).double()
+    converted = convert(net, x, strict=True)
+    assert converted.faults[""].startswith("traced and fused, it computes something else: its output is off by 1")
+
+
+def test_padding_by_name_in_a_function_is_left():
+    net, x = Coded(lambda m, x: F.conv2d(x, m.conv.weight, padding="same")).double().eval(), images(2).double()
+    with pytest.raises(NotConverted, match="convolution: called by code"):
+        convert(net, x, strict=True)
+    agree(net, convert(net, x).module, x)
+
+
+def test_a_random_network_is_refused():
+    net = Coded(lambda m, x: m.conv(x) + torch.rand_like(x))
+    with pytest.raises(NotConverted, match="on the project's layers the network computes something else"):
+        convert(net, images(2))
+
+
+def test_a_wrong_gradient_alone_is_seen(monkeypatch):
+    """A planted fault that no output shows: an attack would walk the wrong way, and the network look robust."""
+    pack = im2col.pack_input_grad
+    monkeypatch.setattr(im2col, "pack_input_grad", lambda *given: [-tensor for tensor in pack(*given)])
+    # An odd number of convolutions: two of these would come out right.
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 3)), images(4)
+    with pytest.raises(NotConverted, match="its input gradient is off by 2"):
+        convert(net, x)
+    monkeypatch.setattr("robust.conv.convert._difference", lambda *given, **options: None)
+    with pytest.raises(robust.InputError, match=r"input gradient points elsewhere \(cosine -1\)"):
+        robust.run(net, [(x, net(x).argmax(1))], attacks="pgd", eps=0.1, conv="scratch")
+
+
+def test_strict_needs_an_example():
+    with pytest.raises(ValueError, match="strict needs x"):
+        convert(conv_net(), strict=True)
+
+
+def test_a_layer_by_two_names():
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    net, x = nn.Sequential(conv, nn.ReLU(), conv).double(), images(2).double()
+    converted = convert(net, x, strict=True)
+    assert not any(isinstance(part, nn.Conv2d) for part in converted.module.modules())
+    agree(net, converted.module, x)
+
+
+def test_the_copy_is_its_own():
+    net, x = conv_net().double(), images(2).double()
+    module, expected = convert(net, x).module, net(x)
+    state = {name: tensor + 1 for name, tensor in module.state_dict().items()}
+    module.load_state_dict(state)
+    assert torch.equal(net(x), expected)  # the original is not written to
+    packed = module(x)
+    for part in module.modules():
+        if isinstance(part, FrozenConv2d):
+            part._pack()
+    assert torch.equal(module(x), packed)  # and the packed weights are the loaded ones
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_images_of_another_dtype_are_refused(dtype):
+    module = convert(nn.Conv2d(4, 4, 3, groups=4)).module
+    with pytest.raises(ValueError, match=rf"the weight is torch.float32 on cpu, and x is {dtype} on cpu"):
+        module(images(2, (4, 5, 5)).to(dtype))
 
 
 def test_a_bare_layer():
@@ -276,9 +381,13 @@ def test_a_run_refuses_what_it_cannot_replace(batch):
 
 
 def test_a_run_refuses_what_comes_out_different(batch, monkeypatch):
-    """A planted fault: the batch-norms' shift is lost."""
-    monkeypatch.setattr("robust.conv.frozen.scale_and_shift", lambda norm: (torch.ones(()), torch.zeros(())))
-    with pytest.raises(robust.InputError, match=r"does not come out the same .* robust\.verify"):
+    """A planted fault in every layer; and one in fusing, without which it goes."""
+    with monkeypatch.context() as patch:
+        patch.setattr("robust.conv.frozen.scale_and_shift", lambda norm: (torch.ones(()), torch.zeros(())))
+        assert convert(conv_net(), batch[0]).faults[""].startswith("traced and fused, it computes something else")
+    packed = im2col._packed
+    monkeypatch.setattr(im2col, "_packed", lambda weight, groups: packed(weight.roll(1, 3), groups))
+    with pytest.raises(robust.InputError, match=r"on the project's layers the network computes something else"):
         robust.run(conv_net(), [batch], attacks="pgd", eps=0.1, conv="scratch")
 
 

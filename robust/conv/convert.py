@@ -5,10 +5,11 @@ it. A part that cannot be traced is kept whole: its layers are replaced, but not
 """
 
 import copy
+import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,10 @@ from robust.conv.pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 REPLACED = "replaced"  # by the project's own layer
 FUSED = "fused"  # into another layer
 LEFT = "left"  # as it was
+
+COMPARED = 2  # images
+TOLERANCE = 1e-8  # in float64, relative: rounding makes 1e-14, a fault 1e-3 or more
+ROUNDED = 0.05  # in less: where rounding takes a value across 0, a ReLU passes another gradient
 
 Make = Callable[[Any, str], nn.Module]
 
@@ -62,30 +67,82 @@ class NotConverted(ValueError):
     """torch would still compute something that the project computes; the message names it and says why."""
 
 
-def convert(module: nn.Module, x: Tensor | None = None, *, algorithm: str = "auto", strict: bool = False) -> Converted:
+def convert(
+    module: nn.Module, x: Tensor | None = None, *, algorithm: str = "auto", strict: bool = False, check: bool = True
+) -> Converted:
     """A frozen copy of `module` whose convolutions, batch-norms, pooling and linear layers are the project's.
 
-    x, (N, C, H, W), is a batch to try it on: with it, residuals are fused too, whose shapes must be known, and what
-    torch computes all the same is found by watching. `algorithm` is conv2d's. Parameters share their memory with
-    those of `module`, where they are not folded into others. NotConverted, with `strict`, where a layer is missed.
+    x, (N, C, H, W), is a batch to try it on, best of two images at least. With it, residuals are fused too, whose
+    shapes must be known; what torch computes all the same is found by watching; and logits and input gradient are
+    compared with the module's in float64: where tracing or fusing has changed them, the layers are replaced without
+    it, and `faults` says so; unless `check` is False. `algorithm` is conv2d's. The copy can be differentiated once.
+
+    NotConverted where even the layers alone compute something else, and, with `strict`, where a layer is missed;
+    ValueError for `strict` without x, as nothing else can tell.
     """
-    whole: nn.Module = nn.Sequential(_frozen_copy(module))  # in a box, so that the network itself may be a layer
-    report = _replace(whole, algorithm)
-    traced, faults = _trace(whole)
-    if traced is not None:
-        report |= _fuse(traced, x)
-        report |= _replace_functions(traced)
-        whole = traced
-    for name, part in list(whole.named_modules()):
-        if isinstance(part, layers.Conv2d):
-            whole.set_submodule(name, FrozenConv2d(part))
-    rows = list(report.values())
-    if x is not None:
-        rows += _watch(whole, x, known={row.name for row in rows if row.missed})
-    converted = Converted(whole.eval(), tuple(rows), faults)
+    if strict and x is None:
+        raise ValueError("strict needs x, a batch to try the network on")
+    converted = _converted(module, x, algorithm, trace=True)
+    if x is not None and check and (fault := _difference(module, converted.module, x, algorithm, trace=True)):
+        converted = _converted(module, x, algorithm, trace=False)
+        if still := _difference(module, converted.module, x, algorithm, trace=False):
+            raise NotConverted(f"on the project's layers the network computes something else: {still}")
+        converted = replace(converted, faults={"": f"traced and fused, it computes something else: {fault}"})
     if strict and converted.missed:
         raise NotConverted(_said(converted))
     return converted
+
+
+def _converted(module: nn.Module, x: Tensor | None, algorithm: str, trace: bool) -> Converted:
+    # In a box, so that the network itself may be a layer.
+    whole: nn.Module = nn.Sequential(copy.deepcopy(module).requires_grad_(False)).eval()
+    report = _replace(whole, algorithm)
+    faults: dict[str, str] = {}
+    if trace:
+        traced, faults = _trace(whole)
+        if traced is not None:
+            report |= _replace_functions(traced)
+            report |= _fuse(traced, x)
+            whole = traced
+    for name, part in list(whole.named_modules(remove_duplicate=False)):
+        if isinstance(part, layers.Conv2d) and not _is_read(whole, name):
+            whole.set_submodule(name, FrozenConv2d(part))
+    whole.eval()
+    rows = list(report.values())
+    if x is not None:
+        rows += _watch(whole, x, known={row.name for row in rows if row.missed})
+    return Converted(whole, tuple(rows), faults)
+
+
+def _difference(module: nn.Module, converted: nn.Module, x: Tensor, algorithm: str, trace: bool) -> str | None:
+    """How output or input gradient of the two differ on a few images; None where they agree.
+
+    The conversion is repeated in float64, where rounding hides nothing; where the network's code, or the algorithm,
+    cannot do that, the two are compared as they are.
+    """
+    x = x[:COMPARED].detach()
+    try:
+        exact = copy.deepcopy(module).double()
+        pair = exact, _converted(exact, x.double(), algorithm, trace).module
+        answers, tolerance = [_answers(network, x.double()) for network in pair], TOLERANCE
+    except Exception:  # of code that somebody else wrote
+        answers, tolerance = [_answers(network, x) for network in (module, converted)], ROUNDED
+    for name, expected, found in zip(("output", "input gradient"), *answers, strict=True):
+        off = (found - expected).norm() / expected.norm().clamp(min=torch.finfo(x.dtype).tiny)
+        if not off <= tolerance:
+            return f"its {name} is off by {off:.1e}, relative"
+    return None
+
+
+def _answers(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The output, and the gradient at x of a sum of it, each value weighted differently."""
+    network = copy.deepcopy(network).eval().requires_grad_(False)
+    with torch.enable_grad():
+        query = x.clone().requires_grad_()
+        y = network(query)
+        weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
+        (gradient,) = torch.autograd.grad((y * weights).sum(), query)
+    return y.detach(), gradient
 
 
 def _said(converted: Converted) -> str:
@@ -93,15 +150,6 @@ def _said(converted: Converted) -> str:
     rest = f" and {len(named) - 3} more" if len(named) > 3 else ""
     why = "".join(f"; {name or 'the network'} cannot be traced: {fault}" for name, fault in converted.faults.items())
     return f"torch would still compute {', '.join(named[:3])}{rest}{why}"
-
-
-def _frozen_copy(module: nn.Module) -> nn.Module:
-    """In eval mode, its parameters frozen; they share their memory with the module's."""
-    shared: dict[int, Any] = {
-        id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in module.parameters()
-    }
-    shared |= {id(buffer): buffer for buffer in module.buffers()}
-    return copy.deepcopy(module, shared).eval()
 
 
 def _unboxed(name: str) -> str:
@@ -114,13 +162,14 @@ def _unboxed(name: str) -> str:
 def _replace(whole: nn.Module, algorithm: str) -> dict[str, Layer]:
     """Put the project's layers in place of torch's; by name, what became of each."""
     makers, report = _makers(), {}
-    for name, part in list(whole.named_modules()):
+    shared: dict[nn.Module, nn.Module] = {}  # a layer that goes by two names stays one
+    for name, part in list(whole.named_modules(remove_duplicate=False)):
         if not name or (any(part.children()) and not isinstance(part, nn.BatchNorm2d)):
             continue
         kind, fate, reason, missed = type(part).__name__, LEFT, "nothing that convolution needs", False
         if isinstance(part, _COMPUTED):
             try:
-                made = _made(part, makers, algorithm)
+                made = shared[part] = shared.get(part) or _made(part, makers, algorithm)
                 whole.set_submodule(name, made)
                 fate, reason = REPLACED, f"by {type(made).__name__}"
             except ValueError as error:
@@ -151,9 +200,15 @@ def _made(part: nn.Module, makers: dict[type, Make], algorithm: str) -> nn.Modul
     if make is None:
         torchs = next((base.__name__ for base in type(part).__mro__[1:] if base in makers), None)
         raise ValueError(f"{kind} is a {torchs} that may compute something else" if torchs else f"no {kind} here")
-    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-        raise ValueError("it has hooks")
+    if _is_altered(part):
+        raise ValueError("it has hooks, or a forward of its own")
     return make(part, algorithm)
+
+
+def _is_altered(part: nn.Module) -> bool:
+    """Whether somebody has attached code to this one instance."""
+    hooks = part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks
+    return any(hooks) or "forward" in vars(part)
 
 
 def _makers() -> dict[type, Make]:
@@ -176,6 +231,7 @@ def _makers() -> dict[type, Make]:
 
 _FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
     F.conv2d: conv2d,
+    F.linear: layers.linear,
     F.max_pool2d: max_pool2d,
     F.avg_pool2d: avg_pool2d,
     F.adaptive_avg_pool2d: adaptive_avg_pool2d,
@@ -183,15 +239,30 @@ _FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
 
 
 def _replace_functions(traced: fx.GraphModule) -> dict[str, Layer]:
-    """The same for functions that the network's code calls."""
+    """The same for functions that the network's code calls, as far as ours take the same arguments."""
     report = {}
     for node in traced.graph.nodes:
-        if node.op == "call_function" and node.target in _FUNCTIONS and not node.kwargs.get("return_indices"):
+        ours = _FUNCTIONS.get(node.target) if node.op == "call_function" else None
+        if ours is not None and not node.kwargs.get("return_indices"):
+            # torch calls x "input", and has an argument that ours lack.
+            given = {"x" if name == "input" else name: value for name, value in node.kwargs.items()}
+            given.pop("return_indices", None)
+            try:
+                inspect.signature(ours).bind(*node.args, **given)
+            except TypeError:
+                continue  # what then runs is torch's, and is watched
+            if any(isinstance(value, str) for value in (*node.args, *given.values())):
+                continue  # padding by name
             report[node.name] = Layer(node.name, node.target.__name__, REPLACED, "by the function of that name")
-            node.target = _FUNCTIONS[node.target]
-            node.kwargs = {name: value for name, value in node.kwargs.items() if name != "return_indices"}
+            node.target, node.kwargs = ours, given
+        elif node.op == "call_method" and node.target == "view" and not any(map(_is_dtype, node.args)):
+            node.target = "reshape"  # the project's results have their channels last in memory
     traced.recompile()
     return report
+
+
+def _is_dtype(argument: Any) -> bool:
+    return isinstance(argument, torch.dtype)
 
 
 # Tracing
@@ -208,11 +279,15 @@ class _Tracer(fx.Tracer):
         return type(m).__module__ == layers.__name__ or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        outside = self.module_stack.copy()
+        outside, last = self.module_stack.copy(), next(iter(reversed(self.graph.nodes)), None)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:  # of code that wants to know a value, or that somebody else wrote
             self.module_stack = outside
+            for node in list(reversed(self.graph.nodes)):  # what was traced of it before it failed
+                if node is last:
+                    break
+                self.graph.erase_node(node)
             name = self.path_of_module(m)
             self.faults[_unboxed(name)] = " ".join(str(error).split())[:200]
             return self.create_proxy("call_module", name, args, kwargs)
@@ -224,10 +299,7 @@ def _trace(whole: nn.Module) -> tuple[fx.GraphModule | None, dict[str, str]]:
     graph = tracer.trace(whole)
     if "" in tracer.faults:
         return None, tracer.faults
-    traced = fx.GraphModule(whole, graph)
-    if tracer.faults:
-        graph.eliminate_dead_code()  # what was traced of a part before it failed
-    return traced, tracer.faults
+    return fx.GraphModule(whole, graph), tracer.faults
 
 
 # Fusing
@@ -243,7 +315,7 @@ def _fuse(traced: fx.GraphModule, x: Tensor | None) -> dict[str, Layer]:
     frozen: set[fx.Node] = set()  # convolutions
     for node in list(traced.graph.nodes):
         conv = _called(traced, node, layers.Conv2d)
-        if conv is None or calls[str(node.target)] > 1:
+        if conv is None or calls[str(node.target)] > 1 or _is_read(traced, str(node.target)):
             continue
         frozen.add(node)
         reader = _only_reader(node)
@@ -278,6 +350,8 @@ def _take_residual(traced: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) 
     if reader is None or not _is_sum(reader):
         return node
     other = next(arg for arg in reader.all_input_nodes if arg is not node)
+    if reader.target in (operator.iadd, "add_") and reader.args[0] is not node:
+        return node  # it is the other one that is written to
     if other in frozen and other > node and len(other.users) == 1:
         return node  # that one comes later, and will take this one
     if None in (mine := node.meta.get("shape"), its := other.meta.get("shape")) or mine != its:
@@ -325,9 +399,16 @@ def _called(traced: fx.GraphModule, node: fx.Node | None, kind: type) -> Any:
 
 def _is_relu(traced: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
-        return isinstance(traced.get_submodule(str(node.target)), nn.ReLU | layers.ReLU)
+        part = traced.get_submodule(str(node.target))
+        return isinstance(part, nn.ReLU | layers.ReLU) and not _is_altered(part)
     functions = (F.relu, torch.relu, torch.relu_) if node.op == "call_function" else ("relu", "relu_")
     return node.target in functions and node.op in ("call_function", "call_method") and len(node.args) == 1
+
+
+def _is_read(whole: nn.Module, name: str) -> bool:
+    """Whether the code also takes the parameters of this layer for itself."""
+    nodes = whole.graph.nodes if isinstance(whole, fx.GraphModule) else ()
+    return any(node.op == "get_attr" and str(node.target).startswith(f"{name}.") for node in nodes)
 
 
 def _is_sum(node: fx.Node) -> bool:
@@ -371,7 +452,7 @@ def _watch(whole: nn.Module, x: Tensor, known: set[str]) -> Iterator[Layer]:
     for name, part in whole.named_modules():
         handles += [
             part.register_forward_pre_hook(partial(enter, _unboxed(name))),
-            part.register_forward_hook(leave),
+            part.register_forward_hook(leave, always_call=True),
         ]
     try:
         with torch.no_grad(), watch:

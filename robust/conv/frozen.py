@@ -55,6 +55,10 @@ class FrozenConv2d(nn.Module):
         self.packed = packing.pack(self.weight, geometry)
         self.packed_grad = packing.pack_input_grad(self.weight, geometry)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._pack()
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self._pack()

@@ -50,7 +50,7 @@ def conv2d_frozen(
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """relu(conv(x) · scale + shift + residual) with weights packed once; differentiable in x and residual.
+    """relu(conv(x) · scale + shift + residual) with weights packed once; differentiable, once, in x and residual.
 
     `channels` are (C, K). `packed` is what the algorithm's `pack` made of the weight, `packed_grad` what its
     `pack_input_grad` made of weight · scale: `layers.FrozenConv2d` sees to it.
@@ -184,7 +184,7 @@ def _frozen(
     padding: list[int], dilation: list[int], groups: int, algorithm: str,
 ) -> Tensor:  # fmt: skip
     geometry = _geometry(kernel, stride, padding, dilation, groups)
-    _check_frozen(x, residual, channels, geometry)
+    _check_frozen(x, packed[0], residual, channels, geometry)
     return _own(_algorithm(algorithm).forward(x, packed, geometry, Epilogue(scale, shift, residual, relu)))
 
 
@@ -195,7 +195,7 @@ def _(
     padding: list[int], dilation: list[int], groups: int, algorithm: str,
 ) -> Tensor:  # fmt: skip
     geometry = _geometry(kernel, stride, padding, dilation, groups)
-    _check_frozen(x, residual, channels, geometry)
+    _check_frozen(x, packed[0], residual, channels, geometry)
     return _like(x, x.shape[0], channels[1], geometry.output_size((x.shape[2], x.shape[3])))
 
 
@@ -305,8 +305,11 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -
             raise ValueError(f"{name} is {other.dtype} on {other.device}, and x is {x.dtype} on {x.device}")
 
 
-def _check_frozen(x: Tensor, residual: Tensor | None, channels: list[int], geometry: Geometry) -> None:
+def _check_frozen(x: Tensor, weight: Tensor, residual: Tensor | None, channels: list[int], geometry: Geometry) -> None:
     _check_window(x, geometry)
+    for name, other in (("the weight", weight), ("residual", residual)):
+        if other is not None and (other.dtype, other.device) != (x.dtype, x.device):
+            raise ValueError(f"{name} is {other.dtype} on {other.device}, and x is {x.dtype} on {x.device}")
     if x.shape[1] != channels[0]:
         raise ValueError(f"x {_shape(x)} has {x.shape[1]} channels, and the weight reads {channels[0]}")
     expected = (x.shape[0], channels[1], *geometry.output_size((x.shape[2], x.shape[3])))

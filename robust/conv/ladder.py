@@ -45,6 +45,7 @@ SAID = {
     "signs": "a share of {:.3g} of the signs differs",
     "top-1": "{:.0f} images differ",
     "differ": "{:.0f} images differ",
+    "left to torch": "{:.0f} are left to torch",
     "refuted": "{:.0f} images do not fool the other",
 }
 """Gate -> its value in words."""

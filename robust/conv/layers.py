@@ -384,13 +384,18 @@ class Linear(nn.Module):
                 f"{tuple(self.weight.shape)}"
             )
         _require_dtype(x, self.weight, {x.dtype})
-        if self.bias is not None and x.dim() == 2:
-            return torch.addmm(self.bias, x, self.weight.t())
-        y = x @ self.weight.t()
-        return y if self.bias is None else y + self.bias
+        return linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias: (..., C), (K, C), (K,) -> (..., K)."""
+    if bias is not None and x.dim() == 2:
+        return torch.addmm(bias, x, weight.t())
+    y = x @ weight.t()
+    return y if bias is None else y + bias
 
 
 class ReLU(nn.Module):

@@ -74,22 +74,22 @@ def adaptive_avg_pool2d(x: Tensor, output_size: int | Sequence[int | None] | Non
 
 
 class _MaxPool(torch.autograd.Function):
-    """Which tap was the largest is found again on the way back: to remember it would cost more than all the rest."""
+    """Which tap was the largest is found again on the way back: to remember it would cost more than all the rest.
+
+    So are the largest values, which an activation in place may have written over.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, geometry: Geometry, output: Pair) -> Tensor:
-        y = _filled_like(x, output, -torch.inf)  # (N, C, P, Q)
-        for windows, pixels in _taps(geometry, _size(x), output):
-            largest = y[..., *windows]
-            largest.copy_(torch.maximum(largest, x[..., *pixels]))
-        ctx.save_for_backward(x, y)
-        ctx.geometry = geometry
-        return y
+        ctx.save_for_backward(x)
+        ctx.geometry, ctx.output = geometry, output
+        return _largest(x, geometry, output)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        x, y = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
+        y = _largest(x, ctx.geometry, ctx.output)
         grad = _filled_like(x, _size(x), 0, wide(x))  # (N, C, H, W)
         # By their bits, for torch.where is ten times slower on a CPU, and 0 · inf is NaN.
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[g.element_size()]
@@ -100,6 +100,15 @@ class _MaxPool(torch.autograd.Function):
             left[..., *windows] ^= share
             grad[..., *pixels] += share.view(g.dtype)
         return grad.to(x.dtype), None, None
+
+
+def _largest(x: Tensor, geometry: Geometry, output: Pair) -> Tensor:
+    """(N, C, P, Q), the maximum of every window."""
+    y = _filled_like(x, output, -torch.inf)
+    for windows, pixels in _taps(geometry, _size(x), output):
+        largest = y[..., *windows]
+        largest.copy_(torch.maximum(largest, x[..., *pixels]))
+    return y
 
 
 class _MaxPoolOnGpu(torch.autograd.Function):
