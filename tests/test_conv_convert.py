@@ -289,6 +289,14 @@ def test_a_wrong_gradient_alone_is_seen(monkeypatch):
         robust.run(net, [(x, net(x).argmax(1))], attacks="pgd", eps=0.1, conv="scratch")
 
 
+def test_a_norm_without_running_statistics_is_not_folded():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).double()
+    x = images(2).double()
+    converted = convert(net, x, strict=True)
+    assert converted.summary() == "2 layers: 2 replaced, 0 fused, 0 left"
+    agree(net.eval(), converted.module, x)
+
+
 def test_strict_needs_an_example():
     with pytest.raises(ValueError, match="strict needs x"):
         convert(conv_net(), strict=True)

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from conv_cases import CASES, MEMORY, Case, adjoint_gap, assert_any_memory, computed, randoms, reference, relative_error
+from robust.conv import im2col
 from robust.conv.algorithm import Epilogue
+from robust.conv.functional import choose, conv2d
 from robust.conv.geometry import Geometry
 from robust.conv.winograd import F2, F4, Winograd
 
@@ -129,3 +131,14 @@ def test_a_planted_fault_is_seen(monkeypatch):
 
 
 _pack = Winograd.pack
+
+
+def test_auto_leaves_the_weight_gradient_to_im2col():
+    """Of sums over all pixels, Winograd's lose too much."""
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(2, 512, 7, 7, generator=generator) for _ in range(2))
+    geometry = Geometry((3, 3), padding=(1, 1))
+    assert choose(geometry, (512, 512), torch.float32, torch.device("cpu")) == "winograd4"
+    weight = torch.randn(512, 512, 3, 3, generator=generator).requires_grad_()
+    (found,) = torch.autograd.grad(conv2d(x, weight, padding=1), weight, g)
+    assert torch.equal(found, im2col.weight_grad(x, g, geometry))

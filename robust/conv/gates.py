@@ -11,7 +11,8 @@ one value: C/g·R·S forward, K_out/g·R·S for the input gradient, N·P·Q for 
 3. relative  the error is at most 2 times torch's own in the same precision, 3 times for gradients.
 4. written   no value is left as it was in memory, which is full of NaN before each call; and
    adjoint   ⟨conv x, g⟩ = ⟨x, input_grad g⟩ = ⟨w, weight_grad⟩, to what gate 2 leaves open.
-5. whole networks: logits and input gradient by gate 3, the signs of the input gradient, the top-1, attacks' verdicts.
+5. whole networks: in float64 logits and input gradient to rounding; in the precision under test logits by gate 3, the
+   signs of the input gradient, the top-1, attacks' verdicts; and no layer is left to torch.
 """
 
 import math
