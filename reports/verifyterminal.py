@@ -35,10 +35,11 @@ def plain_lines(verification: "Verification") -> Iterator[str]:
     for measurement in verification.measurements:
         if measurement.part == "network":
             row = network_row(measurement)
-            beside = [
+            said = [f"{row['result']}: {row['what']} {row['value']}"]
+            said += [
                 f"{name} {row[key]}" for name, key in (("torch", "torch"), ("at most", "limit")) if row[key] != "–"
             ]
-            yield f"{_word(row['passed'])} {row['result']}: {row['what']} {row['value']}, {', '.join(beside)}"
+            yield f"{_word(row['passed'])} {', '.join(said)}"
     for row in verdict_rows(verification):
         yield (
             f"{_word(row['passed'])} {row['attack']} at {row['eps']}: {row['converted']} of {row['images']} images "
