@@ -10,7 +10,6 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from robust.conv import layers
 from robust.conv.frozen import FrozenConv2d
 from robust.conv.functional import conv2d
 from robust.conv.pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
+from robust.conv.shapes import inside
 
 REPLACED = "replaced"  # by the project's own layer
 FUSED = "fused"  # into another layer
@@ -427,39 +427,23 @@ class _Watch(TorchDispatchMode):
 
     NAMES = ("convolution", "batch_norm", "max_pool", "avg_pool")
 
-    def __init__(self) -> None:
+    def __init__(self, stack: list[str]) -> None:
         super().__init__()
-        self.inside: list[str] = []
+        self.stack = stack
         self.seen: dict[tuple[str, str], None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.partition("::")[2]
         if func.namespace in ("aten", "mkldnn") and any(part in name for part in self.NAMES):
-            self.seen[self.inside[-1], name] = None
+            self.seen[_unboxed(self.stack[-1]), name] = None
         return func(*args, **(kwargs or {}))
 
 
 def _watch(whole: nn.Module, x: Tensor, known: set[str]) -> Iterator[Layer]:
     """What torch computes all the same in a forward pass on x, in modules that are not `known` for it."""
-    watch, handles = _Watch(), []
-
-    def enter(name: str, *_: Any) -> None:
-        watch.inside.append(name)
-
-    def leave(*_: Any) -> None:
-        watch.inside.pop()
-
-    for name, part in whole.named_modules():
-        handles += [
-            part.register_forward_pre_hook(partial(enter, _unboxed(name))),
-            part.register_forward_hook(leave, always_call=True),
-        ]
-    try:
-        with torch.no_grad(), watch:
-            whole(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    stack = [""]
+    with torch.no_grad(), inside(whole, stack), _Watch(stack) as watch:
+        whole(x)
     for name, kind in watch.seen:
         if name not in known:
             yield Layer(name, kind, LEFT, "called by code that is not traced", True)

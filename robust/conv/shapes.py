@@ -65,7 +65,7 @@ def shapes(module: nn.Module, x: Tensor) -> dict[Shape, tuple[str, ...]]:
     def saw(shape: Shape) -> None:
         found.setdefault(shape, []).append(stack[-1])
 
-    with torch.no_grad(), _inside(module, stack), _Watch(saw):
+    with torch.no_grad(), inside(module, stack), _Watch(saw):
         module(x)
     return {shape: tuple(layers) for shape, layers in found.items()}
 
@@ -106,7 +106,7 @@ class _Watch(TorchDispatchMode):
 
 
 @contextmanager
-def _inside(module: nn.Module, stack: list[str]) -> Iterator[None]:
+def inside(module: nn.Module, stack: list[str]) -> Iterator[None]:
     """While the block runs, the last of `stack` is the name of the part whose forward runs."""
     handles = []
     for name, part in module.named_modules():
