@@ -132,7 +132,7 @@ def per_shape(network: nn.Module, batch: int, dtype: torch.dtype, device: torch.
     if gpu:
         print(f"A copy moves {copy / 1e12:.2f} TB/s, a matrix product of 8192³ makes {peak / 1e12:.0f} TFLOP/s.\n")
     heads = ["shape", "layers", "by", "forward ms", "torch / ours", "input gradient ms", "torch / ours"]
-    heads += ["of the floor", "fused: cuDNN / ours", "with residual"] if gpu else []
+    heads += ["TB/s", "TFLOP/s", "of the floor", "fused: cuDNN / ours", "with residual"] if gpu else []
     _row(heads)
     _row(["---"] * len(heads))
     means: dict[str, list[float]] = {head: [] for head in ("forward", "input gradient", "both", "fused", "residual")}
@@ -152,7 +152,9 @@ def per_shape(network: nn.Module, batch: int, dtype: torch.dtype, device: torch.
         if gpu:
             floor = max(operands.bytes / copy, operands.flops / peak)
             fused = fused_ratios(operands, device, rounds)
-            cells += [f"{100 * floor / statistics.median(forward['ours']):.0f} %", *(f"{value:.2f}" for value in fused)]
+            spent = statistics.median(forward["ours"])
+            cells += [f"{operands.bytes / spent / 1e12:.2f}", f"{operands.flops / spent / 1e12:.0f}"]
+            cells += [f"{100 * floor / spent:.0f} %", *(f"{value:.2f}" for value in fused)]
             means["fused"].append(fused[0])
             means["residual"].append(fused[1])
         _row(cells)

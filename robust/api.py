@@ -1,12 +1,9 @@
 """`robust.run`: a whole evaluation from Python; and `execute`, which the command line shares with it."""
 
-import platform
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,12 +15,12 @@ from torch import nn
 from attacks import Ensemble
 from reports import write_reports
 from reports.answer import answer
-from robust import __version__
 from robust.data import load_data
 from robust.data.batches import from_batches
 from robust.data.sample import Dataset, Sample
+from robust.environment import environment
 from robust.errors import InputError
-from robust.harness import Listener, Plan, evaluate, pick_device, plan
+from robust.harness import Listener, evaluate, pick_device, plan
 from robust.models import load_model
 from robust.models.model import Model, fingerprint
 from robust.models.prepare import frozen
@@ -204,7 +201,7 @@ def execute(
     }
     details = {
         "command": command,
-        "environment": _environment(planned),
+        "environment": environment(planned.device, "torchvision", "timm", "foolbox", "numpy"),
         "class_names": list(class_names) if class_names else None,
         "attacks": [_describe(attack) for attack in planned.attacks],
         "started": _now(),
@@ -335,19 +332,6 @@ def _describe(attack: Any) -> dict[str, Any]:
     # `steps` becomes their number.
     described = re.sub("`(.+?)`", lambda named: str(parameters.get(named[1], named[1])), first_line)
     return {"name": name, "description": described, "source": attack.source, "parameters": parameters}
-
-
-def _environment(planned: Plan) -> dict[str, str]:
-    device = planned.device
-    cuda = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    return {
-        "robust": __version__,
-        **{name: version(name) for name in ("torch", "torchvision", "timm", "foolbox", "numpy")},
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "device": f"{device}{cuda}",
-        "threads": str(torch.get_num_threads()),
-    }
 
 
 def _now() -> str:

@@ -1,16 +1,35 @@
-"""What every command line of the project shares: how it ends.
+"""What the command lines of the project share: how a model is named, how a run is repeated, how they end.
 
 0 done; 1 a gate or an attack failed; 2 the input or the options are wrong, said in one line on stderr; 130 interrupted.
 """
 
+import re
 import sqlite3
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from robust.errors import InputError
+
+MODEL = "Model"  # the panel of --help that these are in
+ModelSpec = Annotated[
+    str,
+    typer.Option(
+        help="torchvision name, [bold]torchvision:NAME@WEIGHTS[/], [bold]timm:NAME[/], the bundled "
+        "efficientnet_lite0, mnist_cnn and mnist_cnn_robust, or [bold]file.py:factory[/] (module:factory).",
+        rich_help_panel=MODEL,
+    ),
+]
+Weights = Annotated[
+    Path | None, typer.Option(help="State dict for the model: .pth or .safetensors.", rich_help_panel=MODEL)
+]
+InputSize = Annotated[
+    int | None,
+    typer.Option(help="Side of the square images that the model takes, in pixels.", rich_help_panel=MODEL),
+]
 
 
 def main(command: Callable[..., Any]) -> NoReturn:
@@ -35,6 +54,21 @@ def main(command: Callable[..., Any]) -> NoReturn:
         if usage is None:
             raise
         _fail(f"{usage()} (see --help)")
+
+
+def without_output(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments that make the same run in another folder."""
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--output":
+            next(remaining, None)
+        elif argument != "--resume" and not argument.startswith("--output="):
+            yield argument
+
+
+def slug(model: str) -> str:
+    """A model's spec as part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9_.@-]+", "-", model).strip("-.")
 
 
 def _fail(message: str) -> NoReturn:

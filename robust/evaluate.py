@@ -1,9 +1,7 @@
 """python -m robust.evaluate: attack a model, say how its accuracy falls, leave CSV and HTML."""
 
-import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -15,25 +13,13 @@ from robust import cli
 from robust.errors import InputError
 from robust.options import Options, default_attacks, parse_eps, parse_names, parse_number
 
-_MODEL, _DATA, _ATTACK, _RUN = "Model", "Data", "Attack", "Run"
+_MODEL, _DATA, _ATTACK, _RUN = cli.MODEL, "Data", "Attack", "Run"
 
 
 def evaluate(
-    model: Annotated[
-        str,
-        typer.Option(
-            help="torchvision name, [bold]torchvision:NAME@WEIGHTS[/], [bold]timm:NAME[/], the bundled "
-            "efficientnet_lite0, mnist_cnn and mnist_cnn_robust, or [bold]file.py:factory[/] (module:factory).",
-            rich_help_panel=_MODEL,
-        ),
-    ] = "efficientnet_lite0",
-    weights: Annotated[
-        Path | None, typer.Option(help="State dict for the model: .pth or .safetensors.", rich_help_panel=_MODEL)
-    ] = None,
-    input_size: Annotated[
-        int | None,
-        typer.Option(help="Side of the square images that the model takes, in pixels.", rich_help_panel=_MODEL),
-    ] = None,
+    model: cli.ModelSpec = "efficientnet_lite0",
+    weights: cli.Weights = None,
+    input_size: cli.InputSize = None,
     conv: Annotated[
         str,
         typer.Option(
@@ -176,7 +162,7 @@ def evaluate(
     # Late, so that --help does not wait for pandas and torch.
     from robust.store import FILENAME, require_no_run
 
-    output = output or Path("runs") / f"{_slug(model)}-{datetime.now():%Y%m%d-%H%M%S}"
+    output = output or Path("runs") / f"{cli.slug(model)}-{datetime.now():%Y%m%d-%H%M%S}"
     if not resume:
         require_no_run(output / FILENAME)
 
@@ -193,7 +179,7 @@ def evaluate(
     )
     crafted_on = None if surrogate is None else load_model(surrogate)
     console = Console()
-    command = shlex.join(["python", "-m", "robust.evaluate", *without_output(sys.argv[1:])])
+    command = shlex.join(["python", "-m", "robust.evaluate", *cli.without_output(sys.argv[1:])])
     total = None if dataset.size is None else dataset.size * len(options.attacks)
     try:
         with Meter(console, total, quiet) as meter:
@@ -214,16 +200,6 @@ def evaluate(
     for message in failed.values():
         print(f"error: {message}", file=sys.stderr)
     return 1 if failed else 0
-
-
-def without_output(arguments: Sequence[str]) -> Iterator[str]:
-    """The arguments that make the same run in another folder."""
-    remaining = iter(arguments)
-    for argument in remaining:
-        if argument == "--output":
-            next(remaining, None)
-        elif argument != "--resume" and not argument.startswith("--output="):
-            yield argument
 
 
 def _print_names(models: bool) -> None:
@@ -252,10 +228,6 @@ def _print_attacks() -> None:
     for row in rows:
         print(*(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)), sep="  ")
     print(*(name for name in attacks.names() if name not in {row[0] for row in rows}), sep="\n")
-
-
-def _slug(model: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.@-]+", "-", model).strip("-.")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,15 @@
 """The whole ladder for one network, and what it comes to."""
 
 import copy
-import platform
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robust import __version__, agreement
+from robust import agreement
 from robust.agreement import Attacked
 from robust.conv import gates, ladder, layers
 from robust.conv.algorithm import ALGORITHMS
@@ -22,6 +18,7 @@ from robust.conv.gates import Gate
 from robust.conv.ladder import Measurement
 from robust.conv.shapes import Shape, miniatures, shapes
 from robust.data.sample import Dataset, Sample
+from robust.environment import environment
 from robust.errors import InputError, unknown
 from robust.harness import pick_device
 from robust.models.model import Model
@@ -160,7 +157,7 @@ def verify(
         options={
             "dtype": precision, "algorithm": algorithm, "batch_size": batch, "eps": eps, "steps": steps, "seed": seed,
         },
-        environment=_environment(where),
+        environment=environment(where, "triton"),
         shapes=found,
         left_out=left_out,
         measurements=tuple(measurements),
@@ -240,19 +237,6 @@ def _data(
 ) -> dict[str, Any]:
     correct = (agreement.classes(original, x, batch) == labels).sum().item()
     return {"name": data.name, "images": len(samples), "correct": correct}
-
-
-def _environment(device: torch.device) -> dict[str, str]:
-    cuda = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    return {
-        "robust": __version__,
-        "torch": version("torch"),
-        **({"triton": version("triton")} if find_spec("triton") else {}),
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "device": f"{device}{cuda}",
-        "threads": str(torch.get_num_threads()),
-    }
 
 
 def _now() -> str:

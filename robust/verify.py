@@ -1,6 +1,5 @@
 """python -m robust.verify: is a network on the project's own convolution the same network? The ladder, gate by gate."""
 
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -16,28 +15,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from robust import cli
 from robust.errors import InputError
-from robust.evaluate import without_output
 from robust.options import parse_number
 
-_MODEL, _DATA, _GATES, _RUN = "Model", "Data", "What is measured", "Run"
+_DATA, _GATES, _RUN = "Data", "What is measured", "Run"
 
 
 def verify(
-    model: Annotated[
-        str,
-        typer.Option(
-            help="torchvision name, [bold]torchvision:NAME@WEIGHTS[/], [bold]timm:NAME[/], the bundled "
-            "efficientnet_lite0, or [bold]file.py:factory[/] (module:factory).",
-            rich_help_panel=_MODEL,
-        ),
-    ] = "efficientnet_lite0",
-    weights: Annotated[
-        Path | None, typer.Option(help="State dict for the model: .pth or .safetensors.", rich_help_panel=_MODEL)
-    ] = None,
-    input_size: Annotated[
-        int | None,
-        typer.Option(help="Side of the square images that the model takes, in pixels.", rich_help_panel=_MODEL),
-    ] = None,
+    model: cli.ModelSpec = "efficientnet_lite0",
+    weights: cli.Weights = None,
+    input_size: cli.InputSize = None,
     data: Annotated[
         str, typer.Option(help="Images as robust.evaluate takes them: samples, a folder, an .npz ...",
                           rich_help_panel=_DATA)
@@ -90,7 +76,7 @@ def verify(
     Exit codes: 0 all gates hold, 1 one does not, 2 wrong input.
     """
     radius = None if eps is None else parse_number(eps, "eps")
-    output = output or Path("runs") / f"verify-{_slug(model)}-{datetime.now():%Y%m%d-%H%M%S}"
+    output = output or Path("runs") / f"verify-{cli.slug(model)}-{datetime.now():%Y%m%d-%H%M%S}"
     if (output / "verify.json").exists():
         raise InputError(f"{output} holds a verification already; name another --output")
 
@@ -113,7 +99,9 @@ def verify(
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
-    write_verification(verified, output, shlex.join(["python", "-m", "robust.verify", *without_output(sys.argv[1:])]))
+    write_verification(
+        verified, output, shlex.join(["python", "-m", "robust.verify", *cli.without_output(sys.argv[1:])])
+    )
     if not quiet:
         if console.is_terminal:
             print_tables(console, verified)
@@ -135,10 +123,6 @@ def _progress(console: Console, quiet: bool) -> Iterator[Callable[[str, int, int
     ) as bar:  # fmt: skip
         task = bar.add_task("")
         yield lambda what, done, total: bar.update(task, description=escape(what), completed=done, total=total)
-
-
-def _slug(model: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.@-]+", "-", model).strip("-.")
 
 
 if __name__ == "__main__":

@@ -182,6 +182,20 @@ def test_adjoint_compares_the_three_inner_products() -> None:
     assert not adjoint_of(lambda found: found._replace(y=torch.full((1, 1), NAN))).passed
 
 
+@pytest.mark.parametrize("name", ["im2col", "triton"])
+def test_no_worse_than_torch_where_every_axis_differs(name: str) -> None:
+    shape = Shape(48, 40, (13, 11), Geometry((3, 2), (2, 1), (1, 0), (2, 1), 2))
+    if reason := ladder.misfit(name, shape, torch.float32, CPU):
+        pytest.skip(f"{name} {reason}")
+    ratios = {
+        row.result: row.gate.value
+        for row in ladder.measure(shape, 3, "float32", CPU, name)
+        if row.gate.name == "relative"
+    }
+    assert ratios.keys() == gates.TORCHS.keys()
+    assert all(ratio <= gates.TORCHS[result] for result, ratio in ratios.items())
+
+
 # Of the whole network
 
 

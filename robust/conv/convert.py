@@ -64,7 +64,7 @@ class Converted:
 
 
 class NotConverted(ValueError):
-    """torch would still compute something that the project computes; the message names it and says why."""
+    """torch would still compute something, or the result is not the same network; the message says what and why."""
 
 
 def convert(
@@ -255,14 +255,14 @@ def _replace_functions(traced: fx.GraphModule) -> dict[str, Layer]:
                 continue  # padding by name
             report[node.name] = Layer(node.name, node.target.__name__, REPLACED, "by the function of that name")
             node.target, node.kwargs = ours, given
-        elif node.op == "call_method" and node.target == "view" and not any(map(_is_dtype, node.args)):
+        elif (
+            node.op == "call_method"
+            and node.target == "view"
+            and not any(isinstance(value, torch.dtype) for value in node.args)
+        ):
             node.target = "reshape"  # the project's results have their channels last in memory
     traced.recompile()
     return report
-
-
-def _is_dtype(argument: Any) -> bool:
-    return isinstance(argument, torch.dtype)
 
 
 # Tracing

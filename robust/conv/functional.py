@@ -53,7 +53,7 @@ def conv2d_frozen(
     """relu(conv(x) · scale + shift + residual) with weights packed once; differentiable, once, in x and residual.
 
     `channels` are (C, K). `packed` is what the algorithm's `pack` made of the weight, `packed_grad` what its
-    `pack_input_grad` made of weight · scale: `layers.FrozenConv2d` sees to it.
+    `pack_input_grad` made of weight · scale: `frozen.FrozenConv2d` sees to it.
     """
     return torch.ops.robust.conv2d_frozen(
         x, packed, packed_grad, scale, shift, residual, relu, list(channels), list(geometry.kernel),

@@ -1,0 +1,23 @@
+"""What a run was made with, as its reports state it."""
+
+import platform
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+
+import torch
+
+from robust import __version__
+
+
+def environment(device: torch.device, *packages: str) -> dict[str, str]:
+    """Versions of the project, of torch, of those `packages` that are installed, and of Python; machine and threads."""
+    cuda = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    return {
+        "robust": __version__,
+        **{name: version(name) for name in ("torch", *packages) if find_spec(name)},
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "device": f"{device}{cuda}",
+        "threads": str(torch.get_num_threads()),
+    }
