@@ -24,7 +24,10 @@ class State:
     target: Tensor  # (B,) the class that a targeted loss aims at; y where there is none but y
     eps: Tensor  # (B,) radius
     query: Tensor  # (B, C, H, W) the point that the attack asks about next; at first x
-    asked: Tensor  # (B,) how many points have been asked about, kept by the engine
+    # Kept by the engine:
+    asked: Tensor  # (B,) how many points have been asked about
+    graded: Tensor  # (B,) how many gradients it was given
+    fooled: Tensor  # (B,) bool: whether the point asked about last is what the attack is after
 
     def __getitem__(self, rows: Tensor) -> Self:
         return type(self)(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
@@ -111,6 +114,13 @@ class Attack(ABC):
         """(B,) bool: whether the present query, counted in `state.asked`, is the last of its run."""
         return state.asked >= self.queries
 
+    def wants_grad(self, state: Any) -> Tensor:
+        """(B,) bool: which slots cannot go on without a gradient at the present query.
+
+        Where it says so of some only, the others are judged by a forward alone and step first, without them.
+        """
+        return torch.full_like(state.fooled, self.needs_grad)
+
     def init(self, state: Any, noise: Noise) -> State:
         """The state that a run begins in; its first query is the first point judged."""
         return state
@@ -122,7 +132,7 @@ class Attack(ABC):
     def step(self, state: Any, logits: Tensor, grad: Any) -> State:
         """Move `query` on, knowing the logits (B, K) and the gradient (B, C, H, W) of the loss there.
 
-        May overwrite the state and the gradient, which is None for an attack that needs none.
+        May overwrite the state and the gradient, which is None where no slot wants it.
         """
         raise TypeError(f"{self.name} asks about one point only")
 

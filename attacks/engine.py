@@ -19,6 +19,8 @@ from attacks.attack import Attack, MinimalState, Outcome, State, Task, cat
 from attacks.noise import Noise
 from attacks.norms import inside, per_slot
 
+STEADY = 16  # evaluations of equally many rows, after which kernels of their own pay and they are no longer padded
+
 
 def run(
     model: Callable[[Tensor], Tensor],
@@ -42,44 +44,81 @@ def run(
     """
     minimal = attack.budget == "minimal"
     queue = _climbs(model, attack, tasks, eps, slots, draws)
-    climbs: list[_Climb] = []  # row b of the state belongs to climbs[b]
-    state: State | None = None
+    filled: _Slots | None = None
     starting = list(islice(queue, slots))
+    before, steady = 0, 0  # rows of the last evaluation, and for how many they have been as many
 
-    while climbs or starting:
+    while filled or starting:
         if starting:
-            fresh = _begin(attack, starting, eps, seed)
-            state = fresh if state is None else cat(state, fresh)
-            climbs += starting
-        assert state is not None
+            filled = _join(filled, _begin(attack, starting, eps, seed))
+        assert filled is not None
+        asking, waiting = _split(filled, attack.wants_grad(filled.state))
+        state = asking.state
+        before, steady = len(asking), steady + 1 if len(asking) == before else 0
+        room = slots if steady < STEADY else len(asking)
 
         state.asked += 1
         last = attack.last(state)
-        wants_grad = attack.needs_grad and not bool(last.all())
-        logits, grad, fooled = _evaluate(model, attack, state, wants_grad, slots, draws)
+        wants_grad = bool((attack.wants_grad(state) & ~last).any())
+        logits, grad, state.fooled = _evaluate(model, attack, state, wants_grad, room, draws)
         if isinstance(state, MinimalState):
-            _keep_nearest(attack, state, fooled)
+            _keep_nearest(attack, state)
             done = state.best_distance <= enough
+        elif attack.strays:
+            done = state.fooled & inside(attack.ball, state.query - state.x, state.eps)
         else:
-            done = fooled & inside(attack.ball, state.query - state.x, state.eps) if attack.strays else fooled
+            done = state.fooled
 
         starting = []
         ended = done | last
         if bool(ended.any()):
             over, kept = (rows.nonzero().squeeze(1) for rows in (ended, ~ended))
-            left = _left(state[over], done[over])
-            for row, broken, asked, point, distance in zip(over.tolist(), done[over].tolist(), *left, strict=True):
-                climb = climbs[row]
-                climb.end(asked, point, distance, attack.needs_grad, draws)
-                if broken or not climb.advance():
+            gone = asking[over]
+            broken = done[over]
+            for climb, fell, left in zip(gone.climbs, broken.tolist(), _left(gone.state, broken), strict=True):
+                climb.end(*left, draws)
+                if fell or not climb.advance():
                     yield climb.outcome(eps, minimal)
                 else:
                     starting.append(climb)
-            climbs = [climbs[row] for row in kept.tolist()]
-            state, logits, grad = state[kept], logits[kept], None if grad is None else grad[kept]
-            free = slots - len(climbs) - len(starting)
+            asking, logits, grad = asking[kept], logits[kept], None if grad is None else grad[kept]
+            free = slots - len(asking) - len(waiting or ()) - len(starting)
             starting += islice(queue, free)
-        state = attack.step(state, logits, grad) if climbs else None
+        if asking:
+            asking.state.graded += wants_grad
+            asking.state = attack.step(asking.state, logits, grad)
+        filled = _join(waiting, asking)
+
+
+@dataclass
+class _Slots:
+    """What is in the batch: row b of the state belongs to climbs[b]."""
+
+    climbs: list["_Climb"]
+    state: State
+
+    def __len__(self) -> int:
+        return len(self.climbs)
+
+    def __getitem__(self, rows: Tensor) -> "_Slots":
+        return _Slots([self.climbs[row] for row in rows.tolist()], self.state[rows])
+
+
+def _join(first: _Slots | None, second: _Slots) -> _Slots:
+    if not first:
+        return second
+    return _Slots(first.climbs + second.climbs, cat(first.state, second.state)) if second else first
+
+
+def _split(filled: _Slots, wanting: Tensor) -> tuple[_Slots, _Slots | None]:
+    """The slots to ask about now, and those that wait.
+
+    Those for which a forward is enough go first, so that the others ask for gradients in a full batch.
+    """
+    if bool(wanting.all()) or not bool(wanting.any()):
+        return filled, None
+    later, now = (rows.nonzero().squeeze(1) for rows in (wanting, ~wanting))
+    return filled[now], filled[later]
 
 
 @dataclass
@@ -97,11 +136,10 @@ class _Climb:
     distance: float = math.inf
     found_in: int | None = None
 
-    def end(self, asked: int, point: Tensor, distance: float, needs_grad: bool, draws: int) -> None:
+    def end(self, asked: int, graded: int, point: Tensor, distance: float, draws: int) -> None:
         """Take what one run leaves: its point, adversarial where its distance is finite."""
         self.forwards[self.rung] += asked * draws
-        # The gradient at the point that ends a run is never used.
-        self.gradients[self.rung] += (asked - 1) * draws if needs_grad else 0
+        self.gradients[self.rung] += graded * draws
         if distance < self.distance:
             self.point, self.distance, self.found_in = point, distance, self.run
         elif self.found_in is None:
@@ -133,16 +171,17 @@ class _Climb:
         )
 
 
-def _left(state: State, done: Tensor) -> tuple[list[int], Tensor, list[float]]:
-    """Of runs that have ended: points asked about, the point to show, its distance; infinite where none was found.
+def _left(state: State, done: Tensor) -> Iterator[tuple[int, int, Tensor, float]]:
+    """Of runs that have ended: points asked about, gradients given, the point to show, and its distance,
+    infinite where none was found.
 
     Those of a fixed budget are all as good as one another.
     """
-    asked = state.asked.tolist()
+    point, distance = state.query, torch.where(done, 0.0, torch.inf)
     if isinstance(state, MinimalState):
-        found = state.best_distance.isfinite()
-        return asked, torch.where(per_slot(found, state.x), state.best, state.query), state.best_distance.tolist()
-    return asked, state.query, torch.where(done, 0.0, torch.inf).tolist()
+        distance = state.best_distance
+        point = torch.where(per_slot(distance.isfinite(), state.x), state.best, state.query)
+    return zip(state.asked.tolist(), state.graded.tolist(), point, distance.tolist(), strict=True)
 
 
 def _climbs(
@@ -172,7 +211,7 @@ def _climbs(
             yield _Climb(task, runs, rungs, forwards, [0] * len(eps), rung=min(task.first, rungs - 1))
 
 
-def _begin(attack: Attack, climbs: Sequence[_Climb], eps: Sequence[float], seed: int) -> State:
+def _begin(attack: Attack, climbs: list[_Climb], eps: Sequence[float], seed: int) -> _Slots:
     x = torch.stack([climb.task.x for climb in climbs])
 
     def column(values: list) -> Tensor:
@@ -186,19 +225,21 @@ def _begin(attack: Attack, climbs: Sequence[_Climb], eps: Sequence[float], seed:
         "eps": column([eps[-1 if attack.budget == "minimal" else climb.rung] for climb in climbs]).to(x),
         "query": x.clone(),
         "asked": torch.zeros(len(climbs), dtype=torch.long, device=x.device),
+        "graded": torch.zeros(len(climbs), dtype=torch.long, device=x.device),
+        "fooled": torch.zeros(len(climbs), dtype=torch.bool, device=x.device),
     }
     # No noise on the rung: what breaks a sample must not depend on which other eps were asked for.
     keys, runs = [climb.task.key for climb in climbs], [climb.run for climb in climbs]
     noise = Noise(seed, keys, runs, tuple(x.shape[1:]), x.device)
     if attack.budget == "minimal":
         nothing = {"best": x, "best_distance": torch.full((len(x),), torch.inf, device=x.device)}
-        return attack.init(MinimalState(**known, **nothing), noise)
-    return attack.init(State(**known), noise)
+        return _Slots(climbs, attack.init(MinimalState(**known, **nothing), noise))
+    return _Slots(climbs, attack.init(State(**known), noise))
 
 
-def _keep_nearest(attack: Attack, state: MinimalState, fooled: Tensor) -> None:
+def _keep_nearest(attack: Attack, state: MinimalState) -> None:
     distance = attack.ball.distance(state.query - state.x)
-    nearer = fooled & (distance < state.best_distance)
+    nearer = state.fooled & (distance < state.best_distance)
     if bool(nearer.any()):
         state.best = torch.where(per_slot(nearer, state.x), state.query, state.best)
         state.best_distance = torch.where(nearer, distance, state.best_distance)

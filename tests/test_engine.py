@@ -168,3 +168,21 @@ def test_batches_come_in_few_sizes_and_the_copies_in_them_count_for_nobody():
 
 def test_no_tasks_no_outcomes():
     assert list(engine.run(robust_tenth, attacks.make("pgd", "linf"), [], [0.1], slots=4, seed=0)) == []
+
+
+def test_slots_that_need_no_gradient_are_judged_by_forwards_alone():
+    model = Recorder(conv_net())
+    x = images(3)
+    y = model(x).argmax(1)
+    attack = attacks.make("fab-t", "linf", classes=5)
+    outcomes = run(model, attack, x, y, [0.1], slots=1)
+    assert model.gradients == sum(o.gradients[0] for o in outcomes) == 3 * 4 * 100
+    assert sum(model.calls) - len(x) == sum(o.forwards[0] for o in outcomes) == 3 * (1 + 4 * 200)
+
+
+def test_a_batch_that_stays_as_it_is_is_not_padded_for_long():
+    model = Recorder(nn.Identity())
+    model.forward = lambda x: (model.calls.append(len(x)), robust_tenth(x))[1]
+    x = images(9)
+    run(model, attacks.make("pgd", "linf", steps=30), x, torch.zeros(9, dtype=int), [0.1], slots=16)
+    assert model.calls == [10] * engine.STEADY + [9] * (31 - engine.STEADY)

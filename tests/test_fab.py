@@ -213,7 +213,8 @@ class Stands(nn.Module):
 def test_cost_of_a_sample_that_no_step_breaks_and_targets_are_the_other_classes_at_most(classes, targets):
     for o in run(Stands(classes), FAB(norm="linf", steps=4), images(3), torch.zeros(3, dtype=int)):
         assert not o.found and o.rung is None
-        assert o.forwards == (1 + targets * 5,)  # one to choose the targets; the start and four steps for each
+        # One to choose the targets; for each of them where a step begins and where it ends.
+        assert o.forwards == (1 + targets * 8,)
         assert o.gradients == (targets * 4,)
 
 
@@ -261,14 +262,16 @@ def test_a_point_drawn_back_to_is_not_drawn_back_from():
     attack, x = FAB(norm="linf"), images(2)
     state = begin(attack, x, torch.zeros(2, dtype=int), 0.1, torch.ones(2, dtype=int))
     wrong, grad = torch.tensor([[0.0, 1.0]]).expand(2, 2), torch.ones_like(x)
-    starts = state.query.clone()
+    starts, state.fooled = state.query.clone(), torch.tensor([True, True])
     state = attack.step(state, wrong, grad.clone())
-    assert state.iteration.tolist() == [1, 1]
+    assert state.iteration.tolist() == [1, 1] and not attack.wants_grad(state).any()
     ahead = state.query.clone()
     assert not torch.equal(ahead, starts)
-    state = attack.step(state, wrong, grad.clone())
-    torch.testing.assert_close(state.query, torch.lerp(x, ahead, 0.9))
-    assert state.iteration.tolist() == [1, 1]
+    state.fooled = torch.tensor([True, False])
+    state = attack.step(state, wrong, None)
+    # One step failed: the next begins where it ended.
+    torch.testing.assert_close(state.query, torch.stack([torch.lerp(x[0], ahead[0], 0.9), ahead[1]]))
+    assert state.iteration.tolist() == [1, 1] and attack.wants_grad(state).all()
     attack.step(state, wrong, grad.clone())
     assert state.iteration.tolist() == [2, 2]
 

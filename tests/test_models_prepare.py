@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
+from robust.models.frozen_linear import FrozenLinear
 from robust.models.image_conv import ImageConv2d
 from robust.models.prepare import fast_twin, frozen
 from toys import conv_net
@@ -319,3 +320,28 @@ def test_the_twin_has_the_gradient_of_the_model():
         query = x.clone().requires_grad_()
         gradients.append(torch.autograd.grad(net(query).logsumexp(1).sum(), query)[0])
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(300,), (7, 300), (2, 5, 300), (0, 300)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_frozen_linear_layer_is_the_layer(shape, bias):
+    linear = nn.Linear(300, 250, bias)
+    frozen_linear = FrozenLinear(linear)
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(2))
+    # Also of memory that is not in order, such as what a transposed product leaves.
+    for query in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
+        query = query.clone(memory_format=torch.preserve_format).requires_grad_()
+        out = frozen_linear(query)
+        torch.testing.assert_close(out, linear(query), atol=1e-5, rtol=1e-5)
+        weights = torch.linspace(-1, 1, 250).expand(out.shape)  # a gradient that is a view
+        (gradient,) = torch.autograd.grad(out, query, weights)
+        torch.testing.assert_close(gradient, weights @ linear.weight.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_twin_takes_large_linear_layers_only():
+    x = images(8)
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(192, 400), nn.ReLU(), nn.Linear(400, 10)).eval()
+    twin, description = fast_twin(wide, x)
+    assert description == "linear layers by oneDNN"
+    assert [type(layer) for layer in twin] == [nn.Flatten, FrozenLinear, nn.ReLU, nn.Linear]
+    assert not FrozenLinear.suits(nn.Linear(300, 300).double())

@@ -64,6 +64,7 @@ def begin(attack: Attack, x: Tensor, y: Tensor, eps: float, target: Tensor | Non
     known = {
         "x": x, "y": y, "target": y if target is None else target, "eps": torch.full((len(x),), eps),
         "query": x.clone(), "asked": torch.zeros(len(x), dtype=torch.long),
+        "graded": torch.zeros(len(x), dtype=torch.long), "fooled": torch.zeros(len(x), dtype=torch.bool),
     }  # fmt: skip
     if attack.budget == "minimal":
         state: State = MinimalState(**known, best=x, best_distance=torch.full((len(x),), torch.inf))
@@ -81,6 +82,7 @@ def queries(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, eps: float) 
         query = state.query.detach().requires_grad_()
         logits = model(query)
         (grad,) = torch.autograd.grad(attack.loss(logits, state).sum(), query)
+        state.fooled = attack.fools(logits.argmax(1), state)
         state = attack.step(state, logits.detach(), grad)
         points.append(state.query.clone())
     return points

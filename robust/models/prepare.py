@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from robust.models.frozen_linear import FrozenLinear
 from robust.models.image_conv import ImageConv2d
 from robust.models.probe import describe
 
@@ -36,7 +37,7 @@ def fast_twin(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
     """A faster equivalent of `module` for its forward and input gradient, and in words what it is.
 
     A copy in eval mode with frozen parameters, each batch-norm folded into its convolution, in channels_last, and on
-    a CPU with the gradient of the image computed by blocks of pixels.
+    a CPU with the gradient of the image computed by blocks of pixels and large linear layers by oneDNN.
     It must agree with the module on `x`, real images (N, C, H, W): the same argmax in every row, logits within
     TOLERANCE of the largest, a finite input gradient. Where it does not, or cannot be made, a plain frozen copy
     is tried, then `module` itself is returned, with the reason. `module` is left exactly as it was.
@@ -70,10 +71,13 @@ def _folded_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
             if name and ImageConv2d.suits(part):
                 twin.set_submodule(name, ImageConv2d(part))
                 done.append("image gradient by blocks")
+            elif name and FrozenLinear.suits(part):
+                twin.set_submodule(name, FrozenLinear(part))
+                done.append("linear layers by oneDNN")
     if any(isinstance(part, nn.Conv2d | ImageConv2d) for part in twin.modules()):
         twin = twin.to(memory_format=torch.channels_last)
         done.append("channels_last")
-    return twin, ", ".join(done) or description
+    return twin, ", ".join(dict.fromkeys(done)) or description
 
 
 def difference(twin: nn.Module, module: nn.Module, x: Tensor) -> str | None:
