@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from attacks.ddn import DDN
 from attacks.fab import FAB
 from attacks.fgsm import FGSM
 from attacks.fmn import FMN
+from attacks.foolbox import OPTIONS as OF_FOOLBOX
 from attacks.foolbox import PREFIX, AttackFailed, FoolboxAttack, foolbox_attacks
 from attacks.mifgsm import MIFGSM
 from attacks.norms import NORMS
@@ -27,6 +29,8 @@ __all__ = [
     "ATTACKS",
     "ENSEMBLES",
     "NORMS",
+    "OPTIONS",
+    "PREFIX",
     "AnyAttack",
     "Attack",
     "AttackFailed",
@@ -37,7 +41,10 @@ __all__ = [
     "make",
     "names",
     "run",
+    "takes",
 ]
+
+OPTIONS = ("steps", "step_size", "restarts", "random_start", "queries")  # that a run gives to those that take them
 
 ATTACKS: dict[str, type[Attack]] = {
     "fgsm": FGSM,
@@ -63,14 +70,41 @@ def names() -> list[str]:
     return [*ENSEMBLES, *ATTACKS, *foolbox_attacks()]
 
 
-def make(name: str, norm: str, targeted: bool = False, classes: int | None = None, **options: Any) -> AnyAttack:
-    """The attack called `name` with those of the options that it has; None stands for its own default.
+def takes(name: str, random_start: bool | None = None) -> tuple[str, ...]:
+    """Those of OPTIONS that mean something to the attack called `name`. KeyError for an unknown name.
+
+    random_start: as the attack is told; one that begins at the image would only repeat itself, and has no restarts.
+    """
+    if name in ENSEMBLES:
+        return ()  # the standards are exact
+    if name.startswith(PREFIX):
+        parameters = signature(foolbox_attacks()[name]).parameters
+        known = {"restarts", *(ours for ours, theirs in OF_FOOLBOX.items() if theirs in parameters)}
+    else:
+        known = {field.name for field in fields(ATTACKS[name]) if field.init}
+    if random_start is False and "random_start" in known:
+        known.remove("restarts")
+    return tuple(option for option in OPTIONS if option in known)
+
+
+def make(
+    name: str,
+    norm: str,
+    targeted: bool = False,
+    classes: int | None = None,
+    surrogate: nn.Module | None = None,
+    **options: Any,
+) -> AnyAttack:
+    """The attack called `name`, told those of the options that it takes.
 
     classes: how many the model has; None where that is not known yet.
+    surrogate: the network that transfer crafts on.
+    options: any of OPTIONS; None stands for the attack's own default.
 
     KeyError for an unknown name, ValueError for an option or a model that it cannot take.
     """
-    given = {key: value for key, value in options.items() if value is not None}
+    taken = takes(name, options.get("random_start"))
+    given = {option: options[option] for option in taken if options.get(option) is not None}
     if name.startswith(PREFIX):
         return FoolboxAttack.of(name, norm, targeted, given)
     if name in ENSEMBLES:
@@ -85,10 +119,11 @@ def make(name: str, norm: str, targeted: bool = False, classes: int | None = Non
             f"{name} needs {kind.least_classes} classes, for the logits in its loss, and the model has {classes}; "
             "use apgd-ce"
         )
-    if kind is Transfer and "surrogate" not in given:
-        raise ValueError("transfer needs a surrogate to craft on")
-    known = {field.name for field in fields(kind)}
-    return kind(norm=norm, targeted=targeted, **{key: given[key] for key in given if key in known})
+    if kind is Transfer:
+        if surrogate is None:
+            raise ValueError("transfer needs a surrogate to craft on")
+        given["surrogate"] = surrogate
+    return kind(norm=norm, targeted=targeted, **given)
 
 
 def run(

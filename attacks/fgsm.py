@@ -1,6 +1,6 @@
 """FGSM: one step of the full radius. Goodfellow, Shlens & Szegedy 2015, arXiv 1412.6572."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
@@ -14,13 +14,15 @@ from attacks.norms import per_slot
 class FGSM(Attack):
     """x + eps * sign(grad of the cross-entropy), clipped to [0, 1]; in l2, the normalised gradient.
 
-    Costs 2 forwards and 1 gradient a sample.
+    Nothing in it is random, so it has no restarts. Costs 2 forwards and 1 gradient a sample.
     """
 
     name: ClassVar[str] = "fgsm"
     source: ClassVar[str] = "arXiv 1412.6572"
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
     queries: ClassVar[int] = 2
+
+    restarts: int = field(default=1, init=False)
 
     def loss(self, logits: Tensor, state: State) -> Tensor:
         loss = cross_entropy(logits, state.y)

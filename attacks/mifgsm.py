@@ -1,6 +1,6 @@
 """MI-FGSM: iterated FGSM with momentum, whose examples transfer well. Dong et al. 2018, arXiv 1710.06081."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -24,13 +24,15 @@ class MIFGSM(Attack):
     steps: at least 1.
     decay: the share of the gathered gradients kept at each step; 0 for iterated FGSM.
 
-    Costs steps + 1 forwards and `steps` gradients on a sample that stands.
+    Nothing in it is random, so it has no restarts. Costs steps + 1 forwards and `steps` gradients on a sample that
+    stands.
     """
 
     name: ClassVar[str] = "mi-fgsm"
     source: ClassVar[str] = "arXiv 1710.06081"
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
 
+    restarts: int = field(default=1, init=False)
     steps: int = 10
     decay: float = 1.0
 

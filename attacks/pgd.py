@@ -18,7 +18,7 @@ class PGD(Attack):
     steps: at least 1; every start and iterate is judged, the last one included.
     step_size: as a fraction of eps; None for 4 / steps, which crosses the ball twice from side to side
         (eps / 10 at 40 steps).
-    random_start: begin at a uniform point of the ball, or at the clean image.
+    random_start: begin at a uniform point of the ball, or at the clean image, where every restart would be the same.
 
     Costs steps + 1 forwards and `steps` gradients on a sample that stands.
     """

@@ -100,11 +100,11 @@ def run(
         None for some that suit the images.
     steps, step_size, random_start: of iterative attacks; None for the attack's own. step_size is a fraction of
         eps.
-    queries: of attacks without gradients; None for the attack's own.
+    queries: of square; None for 5000.
     eot: evaluations of every point, for a randomised model: its verdict is their vote, its gradient their mean.
         None for one, and for the twenty of autoattack-rand.
     surrogate: the network that attack "transfer" crafts on; a module, or a spec.
-    restarts: runs from different random starts, on the samples still standing.
+    restarts: runs from different random starts, on the samples still standing; what is not random runs once.
     target: a class name or index to reach, instead of any wrong class; its own samples are left out.
     batch_size: rows evaluated at once, at most.
     limit: with a data spec, a class-balanced subset of that many images drawn from `seed`.
@@ -113,7 +113,10 @@ def run(
     output: a run directory to write (store and reports); None keeps the run in memory. With `resume`, one that
         was interrupted is continued.
 
-    Raises InputError, whose message is one line, for anything wrong with the arguments.
+    An option goes to those of the attacks that take it (`attacks.takes`); the others keep their own.
+
+    Raises InputError, whose message is one line, for anything wrong with the arguments; so for an option that none
+    of the attacks takes.
     """
     options = Options(
         attacks=default_attacks(norm) if attacks is None else parse_names(_listed(attacks)),

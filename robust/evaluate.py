@@ -70,12 +70,15 @@ def evaluate(
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Steps of iterative attacks. Default: the attack's own, 40 for pgd.",
+        int | None, typer.Option(help="Steps of those attacks that take them. Default: the attack's own, 40 for pgd.",
                                  rich_help_panel=_ATTACK)
     ] = None,
     step_size: Annotated[
         str | None,
-        typer.Option(help="Step as a fraction of eps. Default: 4 / steps.", rich_help_panel=_ATTACK),
+        typer.Option(
+            help="Step as a fraction of eps, of pgd and a few others. Default: the attack's own, 4 / steps for pgd.",
+            rich_help_panel=_ATTACK,
+        ),
     ] = None,
     restarts: Annotated[
         int, typer.Option(help="Random starts tried on an image that still stands.", rich_help_panel=_ATTACK)
@@ -89,7 +92,7 @@ def evaluate(
     ] = None,
     queries: Annotated[
         int | None,
-        typer.Option(help="Points that attacks without gradients may try. Default: 5000.", rich_help_panel=_ATTACK),
+        typer.Option(help="Points that square may try. Default: 5000.", rich_help_panel=_ATTACK),
     ] = None,
     eot: Annotated[
         int | None,
@@ -213,21 +216,26 @@ def _print_names(models: bool) -> None:
 
 
 def _print_attacks() -> None:
-    """The attacks with their norms, kind, cost and source; foolbox's by name only."""
+    """The attacks with their norms, kind, cost, options and source; of foolbox's the name and the options."""
     import attacks
 
-    rows = [("name", "norms", "kind", "cost", "source")]
+    options = {name: " ".join(attacks.takes(name)).replace("_", "-") or "-" for name in attacks.names()}
+    rows = [("name", "norms", "kind", "cost", "options", "source")]
     rows += [
-        (name, " ".join(kind.norms), kind.kind(), kind.cost(), kind.source) for name, kind in attacks.ATTACKS.items()
+        (name, " ".join(kind.norms), kind.kind(), kind.cost(), options[name], kind.source)
+        for name, kind in attacks.ATTACKS.items()
     ]
     for name, standard in attacks.ENSEMBLES.items():
         ensemble = standard("linf", 10)
         parts = " + ".join(stage.name for stage in ensemble.stages)
-        rows.append((name, " ".join(attacks.autoattack.NORMS), "ensemble", parts, ensemble.source))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        norms = " ".join(attacks.autoattack.NORMS)
+        rows.append((name, norms, "ensemble", parts, options[name], ensemble.source))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows:
         print(*(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)), sep="  ")
-    print(*(name for name in attacks.names() if name not in {row[0] for row in rows}), sep="\n")
+    foreign = [name for name in attacks.names() if name.startswith(attacks.PREFIX)]
+    width = max(map(len, foreign))
+    print(*(f"{name:{width}}  {options[name]}" for name in foreign), sep="\n")
 
 
 if __name__ == "__main__":

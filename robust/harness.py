@@ -23,12 +23,13 @@ import attacks
 from attacks.engine import padded, vote
 from attacks.noise import sample_key
 from attacks.norms import NORMS, per_slot
+from attacks.threads import in_threads
 from robust.data.labels import label_of
 from robust.data.sample import Dataset, Sample
 from robust.diagnostics import CONTROL, has_input_gradient, preflight, review
 from robust.errors import InputError, unknown
 from robust.models.model import Model
-from robust.models.prepare import fast_twin, frozen
+from robust.models.prepare import copies, fast_twin, frozen
 from robust.models.probe import count_classes
 from robust.options import Options
 from robust.store import Clean, Picture, Result, Store
@@ -39,6 +40,7 @@ TOLERANCE = 1e-6
 HALF_ULP = 2**-25
 
 PREFLIGHT_IMAGES = 8
+LEAST_ROWS = 16  # of a batch, for each of several threads
 PUSHES = (1.001, 1.01, 1.05)  # how far out the nearest point is tried again, each on top of the one before
 
 
@@ -67,6 +69,7 @@ def plan(options: Options, model: Model, class_names: Sequence[str] | None, surr
             f"the surrogate {surrogate.name} has {surrogate.num_classes} classes and the model {model.num_classes}; "
             "name one trained on the same classes"
         )
+    told = {option: getattr(options, option) for option in attacks.OPTIONS}
     for name in options.attacks:
         try:
             made.append(
@@ -75,21 +78,34 @@ def plan(options: Options, model: Model, class_names: Sequence[str] | None, surr
                     options.norm,
                     options.target is not None,
                     model.num_classes,
-                    steps=options.steps,
-                    step_size=options.step_size,
-                    restarts=options.restarts,
-                    random_start=options.random_start,
-                    queries=options.queries,
-                    surrogate=None if surrogate is None else surrogate.module,
+                    None if surrogate is None else surrogate.module,
+                    **told,
                 )
             )
         except KeyError:
             raise unknown("attack", name, attacks.names()) from None
         except ValueError as error:
             raise InputError(str(error)) from None
+    _check_taken(options)
     named = replace(model, class_names=tuple(class_names) if class_names else None)
     target = None if options.target is None else label_of(options.target, named, "target")
     return Plan(tuple(made), target, device, None if surrogate is None else surrogate.module)
+
+
+def _check_taken(options: Options) -> None:
+    """InputError for an option that no attack of the run takes: who gives it expects something of it."""
+    for option in attacks.OPTIONS:
+        value, default = getattr(options, option), getattr(Options, option)
+        if value == default or any(option in attacks.takes(name, options.random_start) for name in options.attacks):
+            continue
+        takers = [name for name in attacks.names() if option in attacks.takes(name)]
+        ours = [name for name in takers if not name.startswith(attacks.PREFIX)]
+        foreign = f" and {len(takers) - len(ours)} of foolbox's" if len(takers) > len(ours) else ""
+        without = " without a random start" if {*takers} & {*options.attacks} else ""
+        raise InputError(
+            f"{option} means nothing to {' or '.join(options.attacks)}{without}: leave it out, or add an attack "
+            f"that takes it, of {', '.join(ours)}{foreign}"
+        )
 
 
 def pick_device(name: str) -> torch.device:
@@ -179,7 +195,7 @@ class _Job:
     """What every window of a run shares."""
 
     model: Model
-    twin: nn.Module
+    twins: Sequence[nn.Module]  # copies of one, for as many threads
     options: Options
     plan: Plan
     store: Store
@@ -199,7 +215,10 @@ class _Job:
             )
         twin, description = fast_twin(model.module, few)
         store.set(twin=description, preflight=[asdict(finding) for finding in findings])
-        return cls(model, twin, options, plan, store, pixels=x[0].numel())
+        twins = [twin]
+        if twin is not model.module and plan.device.type == "cpu" and _is_quick(few) and options.draws == 1:
+            twins = copies(twin, few, min(torch.get_num_threads(), max(1, options.batch_size // LEAST_ROWS)))
+        return cls(model, twins, options, plan, store, pixels=x[0].numel())
 
     def clean_window(self, start: int, window: Sequence[Sample], x: Tensor) -> list[Clean]:
         """The verdicts on the unchanged images, from the store where it has them."""
@@ -251,7 +270,7 @@ class _Job:
             )
             for row in right
         }
-        claims = self._run(self.twin, attack, list(tasks.values()), listener)
+        claims = self._run(self.twins, attack, list(tasks.values()), listener)
         verified = self._verify(attack, claims, tasks)
         overlooked = sum(not v.outcome.found and v.fooled for v in verified)
         by_position = {v.outcome.position: v for v in verified}
@@ -259,7 +278,7 @@ class _Job:
         again = [(claim, 0) for claim in refuted]
         while again:
             begun = [replace(tasks[claim.position], first=first) for claim, first in again]
-            new = self._run(self.model.module, attack, begun)
+            new = self._run([self.model.module], attack, begun)
             counted = [_with_counts(late, early) for late, (early, _) in zip(new, again, strict=True)]
             begun_on = {task.position: task.first for task in begun}
             anew = self._verify(attack, counted, tasks)
@@ -300,20 +319,29 @@ class _Job:
 
     def _run(
         self,
-        module: nn.Module,
+        modules: Sequence[nn.Module],
         attack: attacks.AnyAttack,
         tasks: Sequence[attacks.Task],
         listener: Listener | None = None,
     ) -> list[attacks.Outcome]:
         """The outcomes in the order of the tasks, so that what follows does not depend on who broke first."""
+        # Others call networks, or a library, that are not ours to copy.
+        several = isinstance(attack, attacks.Attack | attacks.Ensemble) and attack.name != "transfer"
+        modules = modules if several and len(tasks) > 1 else modules[:1]
+
+        def work(module: Any, tasks: Sequence[attacks.Task]) -> Iterator[attacks.Outcome]:
+            return attacks.run(
+                module, attack, tasks, self.options.eps,
+                slots=-(-self.options.batch_size // len(modules)), seed=self.options.seed, draws=self.options.draws,
+            )  # fmt: skip
+
         outcomes = {}
-        for outcome in attacks.run(
-            module, attack, tasks, self.options.eps,
-            slots=self.options.batch_size, seed=self.options.seed, draws=self.options.draws,
-        ):  # fmt: skip
-            outcomes[outcome.position] = outcome
-            if listener is not None:
-                listener(attack.name, 1, int(outcome.rung is None))
+        found = work(modules[0], tasks) if len(modules) == 1 else in_threads(work, modules, tasks)
+        with contextlib.closing(found):
+            for outcome in found:
+                outcomes[outcome.position] = outcome
+                if listener is not None:
+                    listener(attack.name, 1, int(outcome.rung is None))
         return [outcomes[task.position] for task in tasks]
 
     def _verify(
@@ -542,11 +570,16 @@ def _windows(samples: Iterator[Sample], batch_size: int, device: torch.device) -
         return
     # A window is what an interruption can lose, and what keeps the slots full. Where images are quick, several
     # batches deep; large ones on a CPU, where full batches gain nothing, one.
-    quick = device.type != "cpu" or first.x[0].numel() <= 64 * 64
-    samples, size, start = chain([first], samples), 8 * batch_size if quick else batch_size, 0
+    deep = device.type != "cpu" or _is_quick(first.x[None])
+    samples, size, start = chain([first], samples), 8 * batch_size if deep else batch_size, 0
     while window := list(islice(samples, size)):
         yield start, window
         start += len(window)
+
+
+def _is_quick(x: Tensor) -> bool:
+    """Whether a CPU is quick with images of this size, x (N, C, H, W)."""
+    return x[0, 0].numel() <= 64 * 64
 
 
 def _with_counts(new: attacks.Outcome, old: attacks.Outcome) -> attacks.Outcome:

@@ -83,8 +83,12 @@ class Options:
             1, steps=self.steps, restarts=self.restarts, queries=self.queries, eot=self.eot,
             batch_size=self.batch_size, limit=self.limit,
         )  # fmt: skip
+        rand = "autoattack-rand" in self.attacks
+        if rand and self.eot not in (None, RAND_DRAWS):
+            raise InputError(f"autoattack-rand is the vote of {RAND_DRAWS} draws, by its standard; leave eot out")
         if self.draws > 1 and (foreign := [name for name in self.attacks if name.startswith("foolbox:")]):
-            raise InputError(f"{foreign[0]} knows no votes over several draws; leave it out of a run with --eot")
+            of = "autoattack-rand" if rand else "--eot"
+            raise InputError(f"{foreign[0]} knows no votes over several draws; leave it out of a run with {of}")
         if self.surrogate is None and "transfer" in self.attacks:
             raise InputError("attack transfer crafts on another network; name it with --surrogate")
         if self.surrogate is not None and "transfer" not in self.attacks:

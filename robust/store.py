@@ -13,7 +13,7 @@ import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from heapq import nsmallest
 from operator import attrgetter
 from pathlib import Path
@@ -23,9 +23,12 @@ import numpy as np
 import pandas as pd
 
 from robust.errors import InputError
+from robust.options import Options
 from robust.statistics import summarize
 
 FILENAME = "run.sqlite"
+
+_DEFAULTS = {option.name: option.default for option in fields(Options) if option.default is not MISSING}
 
 # History of the schema, which is also that of report.json:
 # 1: first.
@@ -490,10 +493,14 @@ def disk_is_full(error: Exception) -> bool:
 
 
 def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> Sequence[str]:
-    """What differs between two identities, a phrase each: 'option eps: 0.03 there, 0.05 here'."""
+    """What differs between two identities, a phrase each: 'options eps (0.03 there, 0.05 here)'.
+
+    An option that a run lacks, as the option is younger, has its default there.
+    """
     found = []
     for section in sorted({*stored, *current}):
-        there, here = stored.get(section, {}), current.get(section, {})
+        defaults = _DEFAULTS if section == "options" else {}
+        there, here = ({**defaults, **identity.get(section, {})} for identity in (stored, current))
         for key in sorted({*there, *here}):
             if there.get(key) != here.get(key):
                 found.append(f"{section} {key} ({there.get(key)} there, {here.get(key)} here)")

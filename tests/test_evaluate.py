@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -116,11 +117,11 @@ def test_the_reports_command_runs_it_again(project, capsys):
 
 
 def test_quiet_says_nothing(project, capsys):
-    assert run(f"{COMMON} --attack fgsm --quiet --output out", capsys) == (0, "", "")
+    assert run(f"{COMMON} --attack pgd --quiet --output out", capsys) == (0, "", "")
 
 
 def test_without_output_each_run_has_a_folder_of_its_own(project, capsys):
-    run(f"{COMMON} --attack fgsm --quiet", capsys)
+    run(f"{COMMON} --attack pgd --quiet", capsys)
     (folder,) = (project / "runs").iterdir()
     assert folder.name.startswith("model.py-net-")
     assert (folder / "report.html").exists()
@@ -154,14 +155,26 @@ def test_lists(project, capsys):
     named = {line.split()[0]: line for line in known.splitlines()}
     assert named.keys() == {"name", *attacks.names()}
     assert named["fmn"].split() == (
-        "fmn linf l2 l1 l0 gradients, least distance 1 forward, 1 gradient arXiv 2102.12827".split()
+        "fmn linf l2 l1 l0 gradients, least distance 1 forward, 1 gradient steps step-size restarts "
+        "arXiv 2102.12827".split()
     )
+    assert named["foolbox:FGSM"].split() == ["foolbox:FGSM", "restarts", "random-start"]
 
 
 def test_every_attack_is_documented():
     text = (ROOT / "docs" / "attacks.md").read_text()
     named = set(re.findall(r"\*\*([a-z-]+)\*\*", text))
     assert named == {*attacks.ATTACKS, *attacks.ENSEMBLES}
+
+
+def test_the_docs_say_which_attack_takes_which_option():
+    rows = re.findall(r"^\| `--([a-z-]+)` \| (.*) \|$", (ROOT / "docs" / "attacks.md").read_text(), re.M)
+    said = {
+        option.removeprefix("no-").replace("-", "_"): set(re.findall("`([a-z-]+)`", named)) for option, named in rows
+    }
+    assert said == {
+        option: {name for name in attacks.ATTACKS if option in attacks.takes(name)} for option in attacks.OPTIONS
+    }
 
 
 @pytest.mark.parametrize(
@@ -178,6 +191,9 @@ def test_every_attack_is_documented():
         ("--steps many", "--steps"),
         ("--stepps 3", "--stepps"),
         ("--attack pgd --attack pgd", "named twice"),
+        (f"{COMMON} --attack square", "steps means nothing to square"),
+        (f"{COMMON} --queries 10", "queries means nothing to fgsm or pgd or noise"),
+        (f"{COMMON} --no-random-start --restarts 3 --attack pgd", "restarts means nothing to pgd without"),
         ("--resume", "--resume needs the --output"),
         ("--model model.py:broken", "ZeroDivisionError: no luck"),
         ("--model model.py:nett", "did you mean net"),
@@ -203,11 +219,12 @@ def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(project, capsys, li
 
 
 def test_an_output_that_holds_another_run_is_kept(project, capsys):
-    run(f"{COMMON} --attack fgsm --output out", capsys)
+    line = COMMON.replace(" --steps 4", "")
+    run(f"{line} --attack fgsm --output out", capsys)
     before = {path: path.read_bytes() for path in (project / "out").iterdir() if path.is_file()}
-    code, _, err = run(f"{COMMON} --attack fgsm --output out", capsys)
+    code, _, err = run(f"{line} --attack fgsm --output out", capsys)
     assert code == 2 and "out already holds a run: continue it with --resume" in err
-    code, _, err = run(f"{COMMON} --attack pgd --output out --resume", capsys)
+    code, _, err = run(f"{line} --attack pgd --output out --resume", capsys)
     assert code == 2 and "options attacks (['fgsm'] there, ['pgd'] here)" in err
     assert {path: path.read_bytes() for path in before} == before
 
@@ -283,6 +300,22 @@ def test_killed_and_resumed_equals_uninterrupted(project, capsys):
     assert (project / "out" / "samples.csv").read_bytes() == (project / "whole" / "samples.csv").read_bytes()
     whole, resumed = (pd.read_csv(project / name / "summary.csv") for name in ("whole", "out"))
     pd.testing.assert_frame_equal(resumed.drop(columns="seconds"), whole.drop(columns="seconds"))
+
+
+def test_a_run_begun_before_there_was_an_option_is_continued(project, capsys):
+    line = f"{COMMON} --attack pgd,noise --output"
+    run(f"{line} whole", capsys)
+    run(f"{line} out", capsys)
+    with closing(sqlite3.connect(project / "out" / FILENAME)) as store, store:
+        identity = json.loads(store.execute("SELECT value FROM meta WHERE key = 'identity'").fetchone()[0])
+        del identity["options"]["conv"], identity["options"]["eot"]
+        store.execute("UPDATE meta SET value = ? WHERE key = 'identity'", (json.dumps(identity),))
+        for table in ("unit", "result", "picture"):
+            store.execute(f"DELETE FROM {table} WHERE attack = 'noise'")
+    code, _, err = run(f"{line} out --resume --conv scratch", capsys)
+    assert code == 2 and "options conv (torch there, scratch here)" in err
+    assert run(f"{line} out --resume", capsys)[::2] == (0, "")
+    assert (project / "out" / "samples.csv").read_bytes() == (project / "whole" / "samples.csv").read_bytes()
 
 
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(project):

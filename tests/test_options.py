@@ -42,6 +42,11 @@ def test_eps_that_is_no_number_is_refused(text):
         ({"seed": -1}, "seed must lie in"),
         ({"attacks": ()}, "no attack named"),
         ({"attacks": ("pgd", "fgsm", "pgd")}, "attack pgd is named twice"),
+        ({"queries": 0}, "queries must be at least 1, not 0"),
+        ({"eot": 0}, "eot must be at least 1, not 0"),
+        ({"attacks": ("foolbox:PGD",), "eot": 5}, "foolbox:PGD knows no votes .* with --eot"),
+        ({"attacks": ("autoattack-rand", "foolbox:PGD")}, "foolbox:PGD knows no votes .* with autoattack-rand"),
+        ({"attacks": ("autoattack-rand",), "eot": 5}, "autoattack-rand is the vote of 20 draws"),
     ],
 )
 def test_wrong_options_are_refused_in_one_line(changes, message):

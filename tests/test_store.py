@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from robust.errors import InputError
+from robust.options import Options
 from robust.store import (
     FILENAME,
     PICTURES_KEPT,
@@ -183,3 +184,15 @@ def test_differences_name_what_differs_and_both_values():
         "model fingerprint (f there, g here)",
         "options eps ([0.1, 0.2] there, [0.3] here)",
     ]
+
+
+def test_an_option_younger_than_the_run_had_its_default_then():
+    then = IDENTITY["options"]
+    now = Options(attacks=("pgd", "fgsm"), norm="linf", eps=(0.1, 0.2)).as_dict()
+    assert now.keys() > then.keys()
+    assert differences(IDENTITY, {**IDENTITY, "options": now}) == []
+    assert differences(IDENTITY, {**IDENTITY, "options": now | {"conv": "scratch"}}) == [
+        "options conv (torch there, scratch here)"
+    ]
+    # Models and data have no defaults.
+    assert differences(IDENTITY, {**IDENTITY, "data": {"name": "d", "size": 3}}) == ["data size (None there, 3 here)"]

@@ -98,6 +98,72 @@ def test_a_nearest_point_that_rounding_refutes_is_tried_a_little_farther_out(mod
     assert all(ours[k] <= 1.07 * theirs[k] for k in ours)
 
 
+# Options
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "says"),
+    [
+        (["square"], {"steps": 5}, "steps means nothing to square: leave it out, or .* of pgd, .* of foolbox's"),
+        (["pgd", "fgsm"], {"queries": 100}, "queries means nothing to pgd or fgsm: .* takes it, of square$"),
+        (["fmn"], {"random_start": False}, "random_start means nothing to fmn: .* of pgd and"),
+        (["fgsm"], {"random_start": True}, "random_start means nothing to fgsm"),
+        (["apgd-ce"], {"step_size": 0.1}, "step_size means nothing to apgd-ce: .* of pgd, .*fmn"),
+        (["autoattack"], {"steps": 9}, "steps means nothing to autoattack"),
+        (["autoattack"], {"queries": 9}, "queries means nothing to autoattack"),
+        (["autoattack"], {"restarts": 2}, "restarts means nothing to autoattack"),
+        (["autoattack-rand"], {"step_size": 0.1}, "step_size means nothing to autoattack-rand"),
+        (["fgsm", "mi-fgsm"], {"restarts": 5}, "restarts means nothing to fgsm or mi-fgsm: .* of pgd, apgd-ce"),
+        (["pgd"], {"restarts": 5, "random_start": False}, "restarts means nothing to pgd without a random start"),
+        (["foolbox:FGSM"], {"steps": 9}, "steps means nothing to foolbox:FGSM"),
+        (["foolbox:DDNAttack"], {"step_size": 0.1, "norm": "l2"}, "step_size means nothing to foolbox:DDNAttack"),
+        (None, {"queries": 100}, "queries means nothing to fgsm or pgd or noise"),
+    ],
+)
+def test_an_option_that_no_attack_takes_is_refused(model, data, names, options, says):
+    with pytest.raises(InputError, match=says) as caught:
+        robust.run(model, data, attacks=names, eps=0.02, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_option_goes_to_the_attacks_that_take_it_and_the_others_keep_their_own(model, data):
+    x, y = data[0][:4], data[1][:4]
+    options = {"steps": 3, "queries": 20, "restarts": 2, "random_start": False}
+    run = robust.run(model, (x, y), attacks=["fgsm", "pgd", "square", "mi-fgsm", "noise"], eps=1e-6, **options)
+    forwards = run.samples.groupby("attack").forwards.unique().map(list).to_dict()
+    # Twice where there is something random.
+    assert forwards == {"fgsm": [2], "pgd": [4], "square": [40], "mi-fgsm": [4], "noise": [2]}
+    assert robust.run(model, (x, y), eps=0.02, steps=3).samples.attack.nunique() == 3
+
+
+def test_the_default_number_of_restarts_is_not_given(model, data):
+    assert not robust.run(model, data, attacks=["fgsm"], eps=0.02, restarts=1).samples.empty
+
+
+@pytest.mark.parametrize("name", sorted({*attacks.ATTACKS} - {"transfer"}))
+def test_every_restart_asks_about_other_points(model, name):
+    """And where nothing is random, there is only one run."""
+    norm = attacks.ATTACKS[name].norms[0]
+    sure = 50 * torch.eye(5)[0]
+    asked = []
+
+    def never_fooled(x):
+        asked.append(x.detach().clone())
+        return model(x) + sure
+
+    def distinct(**options) -> int:
+        asked.clear()
+        attack = attacks.make(name, norm, steps=2, queries=4, **options)
+        (outcome,) = attacks.run(never_fooled, attack, [attacks.Task(0, 0, images(1)[0], 0)], [4], slots=1, seed=0)
+        assert not outcome.found
+        return len(torch.cat(asked).flatten(1).unique(dim=0))
+
+    once, twice = distinct(), distinct(restarts=2)
+    assert twice > once if "restarts" in attacks.takes(name) else twice == once
+    if "random_start" in attacks.takes(name):
+        assert distinct(restarts=2, random_start=False) == distinct(random_start=False)
+
+
 # Other norms
 
 
@@ -139,7 +205,7 @@ def test_l0_counts_whole_values():
 
 
 def test_autoattack_says_what_each_part_did(model, data, tmp_path):
-    run = robust.run(model, data, attacks=["autoattack"], eps=[0.004, 0.02], queries=50, output=tmp_path / "run")
+    run = robust.run(model, data, attacks=["autoattack"], eps=[0.004, 0.02], output=tmp_path / "run")
     parts = run.store.components("autoattack")
     assert set(parts) == {"apgd-ce", "apgd-t", "fab-t", "square"}
     assert sum(parts.values()) == run.samples[run.samples.eps == 0.02].success.sum() > 3
@@ -236,7 +302,7 @@ def test_lucky_draws_are_no_success_where_the_draws_vote(data):
 
 
 def test_autoattack_rand_votes_without_being_told(data):
-    run = robust.run(Jittery(1e-3), data, attacks=["autoattack-rand"], eps=0.02, steps=3)
+    run = robust.run(Jittery(1e-3), data, attacks=["autoattack-rand"], eps=0.02)
     assert run.store.identity["options"]["eot"] is None
     assert findings(run)["deterministic"].level == "pass"
     assert set(run.store.components("autoattack-rand")) == {"apgd-ce", "apgd-dlr"}
