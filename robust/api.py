@@ -161,7 +161,7 @@ def run(
         _check_reads(surrogate, type(surrogate).__name__, first)
         surrogate = _wrap(surrogate, first, None)
     elif isinstance(surrogate, str):
-        surrogate = load_model(surrogate)
+        surrogate = load_surrogate(surrogate)
     done = execute(model, dataset, options, Path(output) if output else None, resume, surrogate=surrogate)
     if output is not None:
         write_reports(done.store, Path(output))
@@ -220,6 +220,14 @@ def execute(
         raise
     store.set(finished=_now())
     return Run(store)
+
+
+def load_surrogate(spec: str) -> Model:
+    """The network that attack transfer crafts on; errors say that it is not the model."""
+    try:
+        return load_model(spec)
+    except InputError as error:
+        raise InputError(f"the surrogate {spec}: {error}") from None
 
 
 def _open_store(output: Path | None, resume: bool, identity: dict[str, Any], details: dict[str, Any]) -> Store:

@@ -171,7 +171,7 @@ def evaluate(
 
     from reports import write_reports
     from reports.terminal import plain_lines, summary_table
-    from robust.api import execute
+    from robust.api import execute, load_surrogate
     from robust.data import load_data
     from robust.models import load_model
     from robust.progress import Meter
@@ -180,7 +180,7 @@ def evaluate(
     dataset = load_data(
         data, loaded, limit=limit, seed=seed, label=label, data_root=data_root, skip_bad_images=skip_bad_images
     )
-    crafted_on = None if surrogate is None else load_model(surrogate)
+    crafted_on = None if surrogate is None else load_surrogate(surrogate)
     console = Console()
     command = shlex.join(["python", "-m", "robust.evaluate", *cli.without_output(sys.argv[1:])])
     total = None if dataset.size is None else dataset.size * len(options.attacks)

@@ -99,12 +99,13 @@ def _check_taken(options: Options) -> None:
         if value == default or any(option in attacks.takes(name, options.random_start) for name in options.attacks):
             continue
         takers = [name for name in attacks.names() if option in attacks.takes(name)]
-        ours = [name for name in takers if not name.startswith(attacks.PREFIX)]
-        foreign = f" and {len(takers) - len(ours)} of foolbox's" if len(takers) > len(ours) else ""
+        fit = [name for name in takers if name in attacks.ATTACKS and options.norm in attacks.ATTACKS[name].norms]
+        foreign = ["many of foolbox's"] if any(name.startswith(attacks.PREFIX) for name in takers) else []
         without = " without a random start" if {*takers} & {*options.attacks} else ""
+        others = f", or add an attack that takes it: {', '.join(fit + foreign)}" if fit or foreign else ""
         raise InputError(
-            f"{option} means nothing to {' or '.join(options.attacks)}{without}: leave it out, or add an attack "
-            f"that takes it, of {', '.join(ours)}{foreign}"
+            f"{option} means nothing to {' or '.join(options.attacks)}{without}: leave it out{others} "
+            "(see --list-attacks)"
         )
 
 

@@ -104,25 +104,28 @@ def test_a_nearest_point_that_rounding_refutes_is_tried_a_little_farther_out(mod
 @pytest.mark.parametrize(
     ("names", "options", "says"),
     [
-        (["square"], {"steps": 5}, "steps means nothing to square: leave it out, or .* of pgd, .* of foolbox's"),
-        (["pgd", "fgsm"], {"queries": 100}, "queries means nothing to pgd or fgsm: .* takes it, of square$"),
-        (["fmn"], {"random_start": False}, "random_start means nothing to fmn: .* of pgd and"),
+        (["square"], {"steps": 5}, "steps means nothing to square: leave it out, or .*: pgd, .*, many of foolbox's"),
+        (["pgd", "fgsm"], {"queries": 100}, "queries means nothing to pgd or fgsm: .* takes it: square "),
+        (["fmn"], {"random_start": False}, "random_start means nothing to fmn: .*: pgd, many"),
         (["fgsm"], {"random_start": True}, "random_start means nothing to fgsm"),
-        (["apgd-ce"], {"step_size": 0.1}, "step_size means nothing to apgd-ce: .* of pgd, .*fmn"),
+        (["apgd-ce"], {"step_size": 0.1}, "step_size means nothing to apgd-ce: .*: pgd, fmn, many"),
         (["autoattack"], {"steps": 9}, "steps means nothing to autoattack"),
         (["autoattack"], {"queries": 9}, "queries means nothing to autoattack"),
         (["autoattack"], {"restarts": 2}, "restarts means nothing to autoattack"),
         (["autoattack-rand"], {"step_size": 0.1}, "step_size means nothing to autoattack-rand"),
-        (["fgsm", "mi-fgsm"], {"restarts": 5}, "restarts means nothing to fgsm or mi-fgsm: .* of pgd, apgd-ce"),
+        (["fgsm", "mi-fgsm"], {"restarts": 5}, "restarts means nothing to fgsm or mi-fgsm: .*: pgd, apgd-ce"),
         (["pgd"], {"restarts": 5, "random_start": False}, "restarts means nothing to pgd without a random start"),
         (["foolbox:FGSM"], {"steps": 9}, "steps means nothing to foolbox:FGSM"),
         (["foolbox:DDNAttack"], {"step_size": 0.1, "norm": "l2"}, "step_size means nothing to foolbox:DDNAttack"),
         (None, {"queries": 100}, "queries means nothing to fgsm or pgd or noise"),
+        # Attacks of the norm are named.
+        (None, {"random_start": False, "norm": "l1"}, "apgd-ce or fmn or noise: .* takes it: many of foolbox's"),
+        (None, {"queries": 9, "norm": "l0", "eps": 5}, r"fmn or noise: leave it out \(see --list-attacks"),
     ],
 )
 def test_an_option_that_no_attack_takes_is_refused(model, data, names, options, says):
     with pytest.raises(InputError, match=says) as caught:
-        robust.run(model, data, attacks=names, eps=0.02, **options)
+        robust.run(model, data, attacks=names, **{"eps": 0.02, **options})
     assert "\n" not in str(caught.value)
 
 
@@ -331,6 +334,8 @@ def test_transfer_needs_a_surrogate_of_the_same_classes_and_size(model, data):
         robust.run(model, data, attacks=["transfer"], eps=0.02)
     with pytest.raises(InputError, match="for attack transfer only"):
         robust.run(model, data, attacks=["pgd"], eps=0.02, surrogate=model)
+    with pytest.raises(InputError, match="the surrogate resnet5: unknown model 'resnet5'; did you mean resnet50"):
+        robust.run(model, data, attacks=["transfer"], eps=0.02, surrogate="resnet5")
     with pytest.raises(InputError, match="has 3 classes and the model 5"):
         robust.run(model, data, attacks=["transfer"], eps=0.02, surrogate=conv_net(classes=3))
     with pytest.raises(InputError, match="cannot read the model's images of 3 x 12 x 12"):
