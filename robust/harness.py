@@ -337,8 +337,11 @@ class _Job:
             )  # fmt: skip
 
         outcomes = {}
-        found = work(modules[0], tasks) if len(modules) == 1 else in_threads(work, modules, tasks)
-        with contextlib.closing(found):
+        with contextlib.ExitStack() as stack:
+            if len(modules) == 1:
+                found = work(modules[0], tasks)
+            else:
+                found = stack.enter_context(contextlib.closing(in_threads(work, modules, tasks)))
             for outcome in found:
                 outcomes[outcome.position] = outcome
                 if listener is not None:
