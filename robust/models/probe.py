@@ -27,8 +27,17 @@ def count_classes(module: nn.Module, size: Size) -> int:
     except Exception as error:  # a user's network may raise anything
         raise InputError(f"the model fails on {_written(size)} images: {describe(error)}") from error
     if fault := _fault(logits):
-        raise InputError(f"on {_written(size)} images the model {fault}")
+        raise _NoClassifier(f"on {_written(size)} images the model {fault}")
+    if len(logits) != 2 or logits.shape[1] < 2:
+        raise InputError(
+            f"on {_written(size)} images the model returns shape {tuple(logits.shape)} for 2 images, "
+            "not logits of shape (2, classes), classes >= 2"
+        )
     return logits.shape[1]
+
+
+class _NoClassifier(InputError):
+    """What images of another size would not mend."""
 
 
 def first_accepted(module: nn.Module, sizes: Iterable[Size]) -> tuple[Size, int]:
@@ -37,6 +46,8 @@ def first_accepted(module: nn.Module, sizes: Iterable[Size]) -> tuple[Size, int]
     for size in sizes:
         try:
             return size, count_classes(module, size)
+        except _NoClassifier:
+            raise
         except InputError as error:
             failures.append(str(error))
     raise InputError(
@@ -68,11 +79,11 @@ def describe(error: BaseException) -> str:
 
 
 def _fault(logits: object) -> str | None:
-    """What is wrong with the output for two images, or None."""
+    """What is wrong with the output for two images, whatever their size, or None."""
     if not isinstance(logits, Tensor):
         return f"returns a {type(logits).__name__}, not one tensor of logits, (N, classes)"
-    if logits.ndim != 2 or logits.shape[0] != 2 or logits.shape[1] < 2:
-        return f"returns shape {tuple(logits.shape)} for 2 images, not logits of shape (2, classes), classes >= 2"
+    if logits.ndim != 2:
+        return f"returns shape {tuple(logits.shape)} for 2 images, not logits of shape (2, classes)"
     if not logits.is_floating_point():
         return f"returns {str(logits.dtype).removeprefix('torch.')}, not logits"
     if not logits.isfinite().all():
