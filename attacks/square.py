@@ -109,8 +109,10 @@ class Square(Attack):
         _, c, h, w = x.shape
         halvings, sides, _ = self._windows(x)
         side = sides[torch.bucketize(torch.arange(self.queries - 1, device=x.device), halvings)]
-        # Windows reach every edge, as in the paper; the reference never draws the last place.
-        bit, top, left = torch.full_like(side, 2), h - side + 1, w - side + 1
+        # In linf windows reach every edge, as in the paper. In l2 and l1 the last place is not drawn, as in the
+        # authors' code: few windows would empty the last row and column, and what is put there is missing elsewhere.
+        last = 1 if self.norm == "linf" else 0
+        bit, top, left = torch.full_like(side, 2), *((n - side + last).clamp(min=1) for n in (h, w))
         ranges = torch.stack([bit] * c + ([top, left] if self.norm == "linf" else [top, left, top, left, bit]), 1)
         draws = noise.uniform(step=1, shape=tuple(ranges.shape)).mul_(ranges)
         # In bytes, where they are enough: this is most of what a slot carries.
