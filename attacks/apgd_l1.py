@@ -40,14 +40,14 @@ def init(steps: int, state: State, noise: Noise) -> SparseState:
     known = vars(state) | {"query": start.clamp_(0, 1)}
     return SparseState(
         **known, best=start, best_loss=nothing, best_grad=torch.zeros_like(x), size=torch.ones_like(nothing),
-        changed=NORMS["l0"].distance(start - x),
+        changed=torch.zeros_like(nothing),
     )  # fmt: skip
 
 
 def step(steps: int, state: State, loss: Tensor, grad: Tensor) -> SparseState:
     assert isinstance(state, SparseState)
     x, d = state.x, state.x[0].numel()
-    phase, begins, ends = _phase(steps, state.asked)
+    phase, begins, due, ends = _phase(steps, state.asked)
 
     better = loss > state.best_loss
     state.best = torch.where(per_slot(better, x), state.query, state.best)
@@ -55,16 +55,16 @@ def step(steps: int, state: State, loss: Tensor, grad: Tensor) -> SparseState:
     state.best_loss = torch.where(better, loss, state.best_loss)
 
     changed = NORMS["l0"].distance(state.best - x)
-    sparser = ~begins & (changed < 0.95 * state.changed)
-    shorter = (state.size / SHRINK).clamp_(min=1 / LEAST)
+    sparser = due & ~begins & (changed / state.changed < 0.95)
+    shorter = torch.where(due, (state.size / SHRINK).clamp_(min=1 / LEAST), state.size)
     state.size = torch.where(begins | sparser, 1.0, shorter)
-    state.changed = changed
+    state.changed = torch.where(due, changed, state.changed)
     here = torch.where(per_slot(sparser, x), state.best, state.query)
     grad = torch.where(per_slot(sparser, x), state.best_grad, grad)
 
     radius = torch.tensor(RADII, device=x.device)[phase] * state.eps
     flat = grad.flatten(1).abs()
-    rank = ((1 - changed / d / 1.5) * d).long().clamp_(0, d - 1)  # from the smallest
+    rank = ((1 - state.changed / d / 1.5) * d).long().clamp_(0, d - 1)  # from the smallest
     least = flat.sort(1).values.gather(1, rank[:, None])
     sparse = per_slot(torch.ones_like(loss), x) * grad.sign() * (flat >= least).view_as(x)
     moved = sparse.mul_(per_slot(state.size * radius / sparse.flatten(1).abs().sum(1).clamp_(min=1e-10), x))
@@ -73,18 +73,20 @@ def step(steps: int, state: State, loss: Tensor, grad: Tensor) -> SparseState:
     if bool(ends.any()):
         # The next phase begins at the best point of this one, drawn into the smaller ball.
         smaller = torch.tensor((*RADII[1:], RADII[-1]), device=x.device)[phase] * state.eps
-        drawn = x + project_l1_box(x, state.best - x, smaller)
-        onward = torch.where(per_slot(ends, x), drawn, onward)
+        onward = torch.where(per_slot(ends, x), x + project_l1_box(x, state.best - x, smaller), onward)
         state.best_loss = torch.where(ends, -torch.inf, state.best_loss)
-        state.changed = torch.where(ends, NORMS["l0"].distance(drawn - x), state.changed)
     state.query = onward.clamp_(0, 1)
     return state
 
 
-def _phase(steps: int, asked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each slot (B,): the phase of the point just asked about; whether it was its first; whether its last."""
+def _phase(steps: int, asked: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each slot (B,): the phase of the point just asked about; whether it was its first; whether step and sparsity
+    are looked at there; whether it was its last and another phase follows.
+    """
     early = min(math.ceil(0.3 * steps), steps // 2)
-    ends = torch.tensor([early + 1, 2 * early + 2], device=asked.device)  # the last points of the first two
-    phase = (asked[:, None] > ends).sum(1)
-    first = (asked == 1) | (asked[:, None] == ends + 1).any(1)
-    return phase, first, (asked[:, None] == ends).any(1)
+    lengths = torch.tensor([early, early, steps - 2 * early], device=asked.device)
+    starts = torch.tensor([1, early + 2, 2 * early + 3], device=asked.device)
+    phase = (asked[:, None] >= starts[1:]).sum(1)
+    made = asked - starts[phase]  # steps in this phase
+    every = (lengths * 4 // 100).clamp_(min=1)  # 0.04 of them
+    return phase, made == 0, made % every[phase] == 0, (made == lengths[phase]) & (phase + 1 < len(RADII))
