@@ -23,13 +23,12 @@ import attacks
 from attacks.engine import padded, vote
 from attacks.noise import sample_key
 from attacks.norms import NORMS, per_slot
-from attacks.threads import in_threads
 from robust.data.labels import label_of
 from robust.data.sample import Dataset, Sample
 from robust.diagnostics import CONTROL, has_input_gradient, preflight, review
 from robust.errors import InputError, unknown
 from robust.models.model import Model
-from robust.models.prepare import copies, fast_twin, frozen
+from robust.models.prepare import fast_twin, frozen
 from robust.models.probe import count_classes
 from robust.options import Options
 from robust.store import Clean, Picture, Result, Store
@@ -40,7 +39,6 @@ TOLERANCE = 1e-6
 HALF_ULP = 2**-25
 
 PREFLIGHT_IMAGES = 8
-LEAST_ROWS = 16  # of a batch, for each of several threads
 PUSHES = (1.001, 1.01, 1.05)  # how far out the nearest point is tried again, each on top of the one before
 
 
@@ -196,7 +194,7 @@ class _Job:
     """What every window of a run shares."""
 
     model: Model
-    twins: Sequence[nn.Module]  # copies of one, for as many threads
+    twin: nn.Module
     options: Options
     plan: Plan
     store: Store
@@ -216,10 +214,7 @@ class _Job:
             )
         twin, description = fast_twin(model.module, few)
         store.set(twin=description, preflight=[asdict(finding) for finding in findings])
-        twins = [twin]
-        if twin is not model.module and plan.device.type == "cpu" and _is_quick(few) and options.draws == 1:
-            twins = copies(twin, few, min(torch.get_num_threads(), max(1, options.batch_size // LEAST_ROWS)))
-        return cls(model, twins, options, plan, store, pixels=x[0].numel())
+        return cls(model, twin, options, plan, store, pixels=x[0].numel())
 
     def clean_window(self, start: int, window: Sequence[Sample], x: Tensor) -> list[Clean]:
         """The verdicts on the unchanged images, from the store where it has them."""
@@ -271,7 +266,7 @@ class _Job:
             )
             for row in right
         }
-        claims = self._run(self.twins, attack, list(tasks.values()), listener)
+        claims = self._run(self.twin, attack, list(tasks.values()), listener)
         verified = self._verify(attack, claims, tasks)
         overlooked = sum(not v.outcome.found and v.fooled for v in verified)
         by_position = {v.outcome.position: v for v in verified}
@@ -279,7 +274,7 @@ class _Job:
         again = [(claim, 0) for claim in refuted]
         while again:
             begun = [replace(tasks[claim.position], first=first) for claim, first in again]
-            new = self._run([self.model.module], attack, begun)
+            new = self._run(self.model.module, attack, begun)
             counted = [_with_counts(late, early) for late, (early, _) in zip(new, again, strict=True)]
             begun_on = {task.position: task.first for task in begun}
             anew = self._verify(attack, counted, tasks)
@@ -320,32 +315,20 @@ class _Job:
 
     def _run(
         self,
-        modules: Sequence[nn.Module],
+        module: nn.Module,
         attack: attacks.AnyAttack,
         tasks: Sequence[attacks.Task],
         listener: Listener | None = None,
     ) -> list[attacks.Outcome]:
         """The outcomes in the order of the tasks, so that what follows does not depend on who broke first."""
-        # Others call networks, or a library, that are not ours to copy.
-        several = isinstance(attack, attacks.Attack | attacks.Ensemble) and attack.name != "transfer"
-        modules = modules if several and len(tasks) > 1 else modules[:1]
-
-        def work(module: Any, tasks: Sequence[attacks.Task]) -> Iterator[attacks.Outcome]:
-            return attacks.run(
-                module, attack, tasks, self.options.eps,
-                slots=-(-self.options.batch_size // len(modules)), seed=self.options.seed, draws=self.options.draws,
-            )  # fmt: skip
-
         outcomes = {}
-        with contextlib.ExitStack() as stack:
-            if len(modules) == 1:
-                found = work(modules[0], tasks)
-            else:
-                found = stack.enter_context(contextlib.closing(in_threads(work, modules, tasks)))
-            for outcome in found:
-                outcomes[outcome.position] = outcome
-                if listener is not None:
-                    listener(attack.name, 1, int(outcome.rung is None))
+        for outcome in attacks.run(
+            module, attack, tasks, self.options.eps,
+            slots=self.options.batch_size, seed=self.options.seed, draws=self.options.draws,
+        ):  # fmt: skip
+            outcomes[outcome.position] = outcome
+            if listener is not None:
+                listener(attack.name, 1, int(outcome.rung is None))
         return [outcomes[task.position] for task in tasks]
 
     def _verify(
@@ -574,16 +557,11 @@ def _windows(samples: Iterator[Sample], batch_size: int, device: torch.device) -
         return
     # A window is what an interruption can lose, and what keeps the slots full. Where images are quick, several
     # batches deep; large ones on a CPU, where full batches gain nothing, one.
-    deep = device.type != "cpu" or _is_quick(first.x[None])
-    samples, size, start = chain([first], samples), 8 * batch_size if deep else batch_size, 0
+    quick = device.type != "cpu" or first.x[0].numel() <= 64 * 64
+    samples, size, start = chain([first], samples), 8 * batch_size if quick else batch_size, 0
     while window := list(islice(samples, size)):
         yield start, window
         start += len(window)
-
-
-def _is_quick(x: Tensor) -> bool:
-    """Whether a CPU is quick with images of this size, x (N, C, H, W)."""
-    return x[0, 0].numel() <= 64 * 64
 
 
 def _with_counts(new: attacks.Outcome, old: attacks.Outcome) -> attacks.Outcome:

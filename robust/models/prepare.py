@@ -5,7 +5,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -56,21 +55,6 @@ def fast_twin(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
             return twin, ": ".join([description, *faults])
         faults.append(fault)
     return module, f"the model itself: {faults[-1]}"
-
-
-def copies(twin: nn.Module, x: Tensor, most: int) -> list[nn.Module]:
-    """`twin` and up to `most` - 1 copies that share its tensors, to be called from a thread each.
-
-    No copy where calls may have to do with one another: of a module with hooks, or one that is random, or that does
-    not say the same of x (N, C, H, W) twice.
-    """
-    with torch.no_grad():
-        random = torch.get_rng_state()
-        repeats = torch.equal(twin(x), twin(x)) and torch.equal(torch.get_rng_state(), random)
-    if not repeats or _has_hooks(twin):
-        return [twin]
-    tensors = {id(tensor): tensor for tensor in chain(twin.parameters(), twin.buffers())}
-    return [twin, *(copy.deepcopy(twin, dict(tensors)) for _ in range(most - 1))]
 
 
 def _frozen_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
