@@ -5,63 +5,58 @@ shrinks the radius; a point that is not enlarges it, or, before the first advers
 would have its boundary. Steps and changes of the radius fade as a cosine.
 
 Where this departs from the paper, it finds smaller perturbations at the same cost:
+- the first steps look where a linear model has its boundary with each of the likeliest wrong classes, and the search
+  begins at the nearest of these, not on the way to the likeliest;
 - points lie on the sphere, as in DDN, not anywhere in the ball: inside, the search ends in maxima of the margin;
 - the linear guess is overshot, lest it approach the boundary for ever from within;
 - steps are fractions of the radius; those in linf follow the sign of the gradient;
-- in l1, points are projected onto ball and box at once (arXiv 2103.01208);
+- in l1, where the optimum moves few values, each as far as the box allows, steps are of Frank and Wolfe: a share of the
+  way to the point of ball and box that is best for the mean of the gradients so far;
 - in l0, steps move each value through the box along the mean of the gradients so far, and the values kept are those
   that raise the margin most, not those that moved most;
 - the last steps search for the boundary between the best point and the image.
 """
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from attacks.attack import Attack, MinimalState
-from attacks.losses import margin
+from attacks.attack import Attack, MinimalState, cat
+from attacks.hyperplane import ONTO
+from attacks.losses import difference, margin
 from attacks.noise import Noise
 from attacks.norms import NORMS, per_slot, project_l1_box
 
-STEP = {"linf": 2.0, "l2": 0.3, "l1": 0.1, "l0": 1.0}
+STEP = {"linf": 2.0, "l2": 0.3, "l1": 0.3, "l0": 1.0}
 DUAL = {"linf": 1, "l2": 2, "l1": math.inf}
-MOMENTUM = 0.9  # in l0
+MOMENTUM = 0.9  # of the mean of the gradients, in l1 and l0
 SEARCH, WIDTH = 10, 0.1  # steps at the end, and the share of the distance that the first of them would save
+BEYOND = 1.05  # the first point behind the boundary of the linear model, as a multiple of its distance
 START = 0.1  # size of the noise in each value from which restarts begin
 FAINT = 1e-6  # of a random direction beside a gradient
 TINY = 1e-12
 
 
 @dataclass(kw_only=True)
-class FMNState(MinimalState):
+class ClosingState(MinimalState):
     radius: Tensor  # (B,)
     farthest: Tensor  # (B,) distance to the farthest corner of the box
-    direction: Tensor  # (B, C, H, W) where to go where the gradient is zero; in l0, the mean of the gradients
+    direction: Tensor  # (B, C, H, W) where to go where the gradient is zero; in l1 and l0, the mean of the gradients
+    onto: Tensor  # (B, C, H, W) the shortest way onto a boundary of the linear model
+    nearest: Tensor  # (B,) its length; infinite before there is one
 
 
 @dataclass(frozen=True, kw_only=True)
-class FMN(Attack):
-    """`steps` steps, the last tenth of them (10 at most) a search between the best point and the image.
+class Closing(Attack):
+    """What FMN and DDN share: a look at each of the likeliest classes, a ball that closes in, a search on a line."""
 
-    steps: at least 1; every point is judged, the start and the last one included.
-    step_size: length of the first step, as a fraction of the radius; in l1, its l2 length; in l0, the change of each
-        value, as a fraction of [0, 1]. None for what suits the norm. It falls to a hundredth.
-    gamma: the share by which the radius shrinks and grows at first, in (0, 1). It falls to 0.001.
-    restarts: the first run starts from the image, others from noise about it.
-
-    Costs steps + 1 forwards and `steps` gradients.
-    """
-
-    name: ClassVar[str] = "fmn"
-    source: ClassVar[str] = "arXiv 2102.12827"
-    norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "l0")
     budget: ClassVar[Literal["fixed", "minimal"]] = "minimal"
 
     steps: int = 100
-    step_size: float | None = None
     gamma: float = 0.3
 
     def __post_init__(self) -> None:
@@ -75,18 +70,86 @@ class FMN(Attack):
     def queries(self) -> int:
         return self.steps + 1
 
-    def init(self, state: MinimalState, noise: Noise) -> FMNState:
-        radius = torch.ones_like(state.eps)  # of l0; the other norms guess it
+    def init(self, state: MinimalState, noise: Noise) -> ClosingState:
+        radius = torch.ones_like(state.eps)
         farthest = self.ball.distance(torch.maximum(state.x, 1 - state.x))
-        random = noise.normal()
-        state.query = start(state, random, noise)
-        return FMNState(**vars(state), radius=radius, farthest=farthest, direction=random.mul_(FAINT))
+        direction = noise.normal()
+        state.query = start(state, direction, noise)
+        onto, nearest = torch.zeros_like(state.x), torch.full_like(radius, torch.inf)
+        known = {"radius": radius, "farthest": farthest, "onto": onto, "nearest": nearest}
+        return ClosingState(**vars(state), **known, direction=direction.mul_(FAINT))
 
     def loss(self, logits: Tensor, state: MinimalState) -> Tensor:
-        loss = margin(logits, state.y)
-        return -loss if self.targeted else loss
+        """The margin; while looking, the difference of the label and one wrong class after the other."""
+        if self.targeted:
+            return -margin(logits, state.y)
+        looks = self._looks(logits)
+        wrong = logits.detach().scatter(1, state.y[:, None], -torch.inf).topk(looks, dim=1).indices
+        turn = (state.asked - 1).clamp(max=looks - 1)
+        one = difference(logits, state.y, wrong.gather(1, turn[:, None]).squeeze(1))
+        return torch.where(state.asked <= looks, one, margin(logits, state.y))
 
-    def step(self, state: FMNState, logits: Tensor, grad: Tensor) -> FMNState:
+    def step(self, state: ClosingState, logits: Tensor, grad: Tensor) -> ClosingState:
+        looking = state.asked <= self._looks(logits)
+        early, late = (rows.nonzero().squeeze(1) for rows in (looking, ~looking))
+        if not len(late):
+            return self._look(state, logits, grad)
+        if not len(early):
+            return self._close(state, logits, grad)
+        looked = self._look(state[early], logits[early], grad[early])
+        closed = self._close(state[late], logits[late], grad[late])
+        return cat(looked, closed)[torch.cat([early, late]).argsort()]
+
+    def _looks(self, logits: Tensor) -> int:
+        """How many steps ask at the start, about one wrong class each; as many as search at the end."""
+        return 1 if self.targeted else max(1, min(logits.shape[1] - 1, self.steps // 10, SEARCH))
+
+    def _look(self, state: ClosingState, logits: Tensor, grad: Tensor) -> ClosingState:
+        """Stay, and learn how far the boundary is in the linear model; after the last look, go beyond the nearest."""
+        x, w = state.x.flatten(1), grad.flatten(1)
+        gap = ((state.query.flatten(1) - x) * w).sum(1) - self.loss(logits, state)
+        onto = onto_l0(x, w, gap) if self.norm == "l0" else ONTO[self.norm](x[:, None], w, gap[:, None]).squeeze(1)
+        reached = (onto * w).sum(1) * gap.sign() >= (1 - 1e-3) * gap.abs()  # the box may end before
+        onto = onto.view_as(grad)
+        distance = torch.where(reached, self.ball.distance(onto), torch.inf)
+        nearer = distance < state.nearest
+        state.onto = torch.where(per_slot(nearer, grad), onto, state.onto)
+        state.direction = torch.where(per_slot(nearer, grad), NORMS["l2"].steepest_(grad), state.direction)
+        state.nearest = torch.where(nearer, distance, state.nearest)
+        leaving = (state.asked == self._looks(logits)) & state.nearest.isfinite()
+        beyond = torch.add(state.x, state.onto, alpha=BEYOND).clamp_(0, 1)
+        state.query = torch.where(per_slot(leaving, grad), beyond, state.query)
+        state.radius = torch.where(leaving, self.ball.distance(state.query - state.x), state.radius)
+        return state
+
+    @abstractmethod
+    def _close(self, state: ClosingState, logits: Tensor, grad: Tensor) -> ClosingState:
+        """A step after the first look."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FMN(Closing):
+    """`steps` steps, the last tenth of them (10 at most) a search between the best point and the image.
+
+    The first tenth (10 at most) ask at the start about one wrong class each.
+
+    steps: at least 1; every point is judged, the start and the last one included.
+    step_size: length of the first step, as a fraction of the radius; in l1, the share of the way to the best point of
+        ball and box; in l0, the change of each value, as a fraction of [0, 1]. None for what suits the norm. It falls
+        to a hundredth.
+    gamma: the share by which the radius shrinks and grows at first, in (0, 1). It falls to 0.001.
+    restarts: the first run starts from the image, others from noise about it.
+
+    Costs steps + 1 forwards and `steps` gradients.
+    """
+
+    name: ClassVar[str] = "fmn"
+    source: ClassVar[str] = "arXiv 2102.12827"
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "l0")
+
+    step_size: float | None = None
+
+    def _close(self, state: ClosingState, logits: Tensor, grad: Tensor) -> ClosingState:
         fade, turn = schedule(state, self.steps)
         gamma = 0.001 + (self.gamma - 0.001) * fade
         size = (STEP[self.norm] if self.step_size is None else self.step_size) * (0.01 + 0.99 * fade)
@@ -96,13 +159,14 @@ class FMN(Attack):
         if self.norm == "l0":
             delta = torch.where(per_slot(searching, grad), thinned(best, turn), self._sparse(state, grad, size))
         else:
-            delta = torch.where(per_slot(searching, grad), best, self._moved(state, grad, size))
+            move = self._towards_vertex if self.norm == "l1" else self._uphill
+            delta = torch.where(per_slot(searching, grad), best, move(state, grad, size))
             radius = torch.where(searching, search_radius(state, turn), state.radius)
             delta = project_l1_box(state.x, delta, radius) if self.norm == "l1" else self.ball.project_(delta, radius)
         state.query = delta.add_(state.x).clamp_(0, 1)
         return state
 
-    def _radius(self, state: FMNState, logits: Tensor, grad: Tensor, gamma: Tensor) -> Tensor:
+    def _radius(self, state: ClosingState, logits: Tensor, grad: Tensor, gamma: Tensor) -> Tensor:
         """(B,): the radius that follows on what the model said."""
         fooled = self.fools(logits.argmax(1), state)
         smaller = torch.minimum(state.radius * (1 - gamma), state.best_distance)
@@ -116,20 +180,52 @@ class FMN(Attack):
             larger = torch.where(state.best_distance.isfinite(), larger, guess * (1 + gamma))
         return torch.where(fooled, smaller, larger).minimum(state.farthest)
 
-    def _moved(self, state: FMNState, grad: Tensor, size: Tensor) -> Tensor:
-        """The perturbation after a step along the gradient, in l2 and l1 no smaller than the radius."""
-        uphill = NORMS["linf" if self.norm == "linf" else "l2"].steepest_(alive(grad, state.direction))
+    def _uphill(self, state: ClosingState, grad: Tensor, size: Tensor) -> Tensor:
+        """The perturbation after a step along the gradient, in l2 no smaller than the radius."""
+        uphill = self.ball.steepest_(alive(grad, state.direction))
         delta = uphill.mul_(per_slot(size * state.radius, grad)).add_(state.query).sub_(state.x)
         if self.norm == "linf":
             return delta
         return delta.mul_(per_slot((state.radius / self.ball.distance(delta).clamp(min=TINY)).clamp(min=1), delta))
 
-    def _sparse(self, state: FMNState, grad: Tensor, size: Tensor) -> Tensor:
+    def _towards_vertex(self, state: ClosingState, grad: Tensor, size: Tensor) -> Tensor:
+        """The perturbation, scaled to the radius, after a share of the way to the best of ball and box in l1."""
+        self._gather(state, grad)
+        delta = state.query - state.x
+        delta.mul_(per_slot(state.radius / self.ball.distance(delta).clamp(min=TINY), delta))
+        return delta.lerp(vertex(state.x, state.direction, state.radius), per_slot(size, delta))
+
+    def _sparse(self, state: ClosingState, grad: Tensor, size: Tensor) -> Tensor:
         """The perturbation after a step of every value, of those only that add most to the margin."""
-        state.direction = state.direction.lerp(NORMS["l2"].steepest_(grad), 1 - MOMENTUM)
+        self._gather(state, grad)
         delta = torch.addcmul(state.query, state.direction.sign(), per_slot(size, grad)).clamp_(0, 1).sub_(state.x)
         gain = (delta * state.direction).clamp_(min=0)
         return delta.mul_(self.ball.project_(gain, state.radius) != 0)
+
+    def _gather(self, state: ClosingState, grad: Tensor) -> None:
+        state.direction = state.direction.lerp(NORMS["l2"].steepest_(grad), 1 - MOMENTUM)
+
+
+def onto_l0(x: Tensor, w: Tensor, gap: Tensor) -> Tensor:
+    """(B, d): from points x (B, d), values moved to the edge of the box, as few as bring w · it to gap (B,)."""
+    up = w * gap[:, None] > 0
+    full = torch.where(w == 0, 0, up.to(x.dtype) - x)
+    gain, order = (w * full).abs().sort(dim=1, descending=True)
+    needed = gain.cumsum(1) - gain < gap.abs()[:, None]
+    return torch.zeros_like(x).scatter_(1, order, full.gather(1, order) * needed)
+
+
+def vertex(x: Tensor, grad: Tensor, radius: Tensor) -> Tensor:
+    """The perturbation of l1 size `radius` (B,) at most, with x + it in [0, 1], along which a linear loss rises most.
+
+    Values of the largest |gradient| go as far as the box allows, as many as it takes.
+    """
+    size, order = grad.flatten(1).abs().sort(dim=1, descending=True)
+    side = grad.flatten(1).gather(1, order).sign()
+    z = x.flatten(1).gather(1, order)
+    room = torch.where(side > 0, 1 - z, z)
+    used = (radius[:, None] - (room.cumsum(1) - room)).clamp_(min=0).minimum(room)
+    return torch.zeros_like(size).scatter_(1, order, side * used).view_as(x)
 
 
 def start(state: MinimalState, random: Tensor, noise: Noise) -> Tensor:
