@@ -43,7 +43,7 @@ class DDN(Closing):
 
     def _close(self, state: ClosingState, logits: Tensor, grad: Tensor) -> ClosingState:
         fade, turn = schedule(state, self.steps)
-        factor = torch.where(self.fools(logits.argmax(1), state), 1 - self.gamma, 1 + self.gamma)
+        factor = torch.where(state.fooled, 1 - self.gamma, 1 + self.gamma)
         state.radius = factor.mul_(state.radius).minimum(state.farthest)
         size = (0.01 + 0.49 * fade) * state.radius
         ahead = self.ball.steepest_(alive(grad, state.direction)).mul_(per_slot(size, grad))

@@ -168,7 +168,6 @@ class FMN(Closing):
 
     def _radius(self, state: ClosingState, logits: Tensor, grad: Tensor, gamma: Tensor) -> Tensor:
         """(B,): the radius that follows on what the model said."""
-        fooled = self.fools(logits.argmax(1), state)
         smaller = torch.minimum(state.radius * (1 - gamma), state.best_distance)
         larger = state.radius * (1 + gamma)
         if self.norm == "l0":
@@ -178,7 +177,7 @@ class FMN(Closing):
             slope = torch.linalg.vector_norm(grad.flatten(1), DUAL[self.norm], dim=1).clamp(min=TINY)
             guess = self.ball.distance(state.query - state.x) + self.loss(logits, state).abs() / slope
             larger = torch.where(state.best_distance.isfinite(), larger, guess * (1 + gamma))
-        return torch.where(fooled, smaller, larger).minimum(state.farthest)
+        return torch.where(state.fooled, smaller, larger).minimum(state.farthest)
 
     def _uphill(self, state: ClosingState, grad: Tensor, size: Tensor) -> Tensor:
         """The perturbation after a step along the gradient, in l2 no smaller than the radius."""

@@ -87,8 +87,7 @@ class SigmaZero(Attack):
         move = torch.div(state.mean, spread).mul_(per_slot(size, grad) / mean_bias)
         delta = (state.query - move).clamp_(0, 1).sub_(state.x)
 
-        fooled = self.fools(logits.argmax(1), state)
-        drift = torch.where(fooled, self.threshold_rate, -self.threshold_rate) * size
+        drift = torch.where(state.fooled, self.threshold_rate, -self.threshold_rate) * size
         state.threshold = (state.threshold + drift).clamp(0, 1)
         delta.mul_(delta.abs() >= per_slot(state.threshold, delta))
         fewer = thinned(state.best - state.x, turn)

@@ -186,3 +186,16 @@ def test_a_batch_that_stays_as_it_is_is_not_padded_for_long():
     x = images(9)
     run(model, attacks.make("pgd", "linf", steps=30), x, torch.zeros(9, dtype=int), [0.1], slots=16)
     assert model.calls == [10] * engine.STEADY + [9] * (31 - engine.STEADY)
+
+
+@pytest.mark.parametrize("name", ["fab-t", "fmn", "ddn", "sigma-zero"])
+def test_an_attack_steers_by_the_verdict_that_the_engine_gives(name, monkeypatch):
+    """Not by the class of the mean logits, which may be another than the vote of the draws."""
+    norm = "l0" if name == "sigma-zero" else "l2"
+    attack, net, x = attacks.make(name, norm, steps=12), conv_net(), images(2)
+    model, asked = Recorder(net), []
+    fools = type(attack).fools
+    monkeypatch.setattr(type(attack), "fools", lambda self, pred, state: asked.append(1) or fools(self, pred, state))
+    list(engine.run(model, attack, tasks(x, net(x).argmax(1)), [0.1], slots=2, seed=0, draws=3))
+    choosing = 3 if attack.targets else 0  # evaluations that choose the targets
+    assert len(model.calls) - choosing == 3 * len(asked) > 30
