@@ -33,7 +33,7 @@ from attacks.norms import NORMS, per_slot, project_l1_box
 
 STEP = {"linf": 2.0, "l2": 0.3, "l1": 0.3, "l0": 1.0}
 DUAL = {"linf": 1, "l2": 2, "l1": math.inf}
-MOMENTUM = 0.9  # of the mean of the gradients, in l1 and l0
+MOMENTUM = {"l1": 0.5, "l0": 0.9}  # of the mean of the gradients
 SEARCH, WIDTH = 10, 0.1  # steps at the end, and the share of the distance that the first of them would save
 BEYOND = 1.05  # the first point behind the boundary of the linear model, as a multiple of its distance
 START = 0.1  # size of the noise in each value from which restarts begin
@@ -202,7 +202,7 @@ class FMN(Closing):
         return delta.mul_(self.ball.project_(gain, state.radius) != 0)
 
     def _gather(self, state: ClosingState, grad: Tensor) -> None:
-        state.direction = state.direction.lerp(NORMS["l2"].steepest_(grad), 1 - MOMENTUM)
+        state.direction = state.direction.lerp(NORMS["l2"].steepest_(grad), 1 - MOMENTUM[self.norm])
 
 
 def onto_l0(x: Tensor, w: Tensor, gap: Tensor) -> Tensor:
