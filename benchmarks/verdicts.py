@@ -1,17 +1,21 @@
-"""What AutoAttack and each of its parts leave standing beside pyautoattack; least distances beside adv-lib.
+"""What AutoAttack and each of its parts leave standing beside pyautoattack; least distances beside adv-lib and foolbox.
 
     pip install -e ".[bench]" && pip install --no-deps adv-lib
     python benchmarks/verdicts.py --shared ../shared
+    python benchmarks/verdicts.py --shared ../shared --part distances
 
 The same images of the networks in --shared, batches of 250. A fresh forward pass of what each method returns counts
-what stands, over all images.
+what stands, over all images, and which of its distances count.
 """
 
 import sys
 import time
 import types
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -79,12 +83,11 @@ def predicted(model: nn.Module, x: Tensor) -> Tensor:
         return torch.cat([model(part).argmax(1) for part in x.split(BATCH)])
 
 
-def minimal(name: str, norm: str):
-    """adversarial-library's function for one of our attacks on the least distance, at our number of steps."""
+def adv_lib(name: str, norm: str, steps: int) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """adversarial-library's function for one of our attacks on the least distance."""
     sys.modules.setdefault("visdom", types.ModuleType("visdom"))  # it is imported for plots that nobody asks for
     from adv_lib.attacks import ddn, fmn, sigma_zero
 
-    steps = attacks.make(name, norm).steps
     return {
         "fmn": lambda *a: fmn(*a, norm={"linf": float("inf"), "l2": 2, "l1": 1, "l0": 0}[norm], steps=steps),
         "ddn": lambda *a: ddn(*a, steps=steps, levels=None),
@@ -92,38 +95,73 @@ def minimal(name: str, norm: str):
     }[name]
 
 
-def medians(model: nn.Module, x: Tensor, y: Tensor, name: str, norm: str) -> tuple[float, float]:
-    """Median least distance over the images classified correctly: ours, adversarial-library's."""
-    right = predicted(model, x) == y
-    x, y = x[right], y[right]
+def foolbox(name: str, norm: str, steps: int) -> Callable[[nn.Module, Tensor, Tensor], Tensor] | None:
+    """foolbox's, None where it has none."""
+    import foolbox as fb
+
+    kind = f"{norm.replace('linf', 'LInf').replace('l', 'L')}FMNAttack" if name == "fmn" else "DDNAttack"
+    if name == "sigma-zero":
+        return None
+    attack = getattr(fb.attacks, kind)(steps=steps)
+
+    def run(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return attack(fb.PyTorchModel(model, bounds=(0, 1), device=x.device), x, y, epsilons=None)[1]
+
+    return run
+
+
+def own_distances(model: nn.Module, x: Tensor, y: Tensor, name: str, norm: str) -> Tensor:
+    """(B,), infinite where nothing is found."""
     tasks = [attacks.Task(k, sample_key(str(k)), x[k], int(y[k])) for k in range(len(x))]
-    size = attacks.NORMS[norm].distance
-    own = torch.full((len(x),), torch.inf)
+    found = torch.full((len(x),), torch.inf)
     for outcome in attacks.run(model, attacks.make(name, norm), tasks, [1e-9], slots=BATCH, seed=0):
         if outcome.found:
             k = outcome.position
-            own[k] = size(outcome.x_adv[None] - x[k : k + 1])[0]
-    x_adv = minimal(name, norm)(model, x, y).detach()
-    other = torch.where(predicted(model, x_adv) != y, size(x_adv - x), torch.inf)
-    return float(own.median()), float(other.median())
+            found[k] = attacks.NORMS[norm].distance(outcome.x_adv[None] - x[k : k + 1])[0]
+    return found
 
 
-def main(
-    shared: Annotated[Path, typer.Option(help="Folder with models/ and data/.")] = Path("../shared"),
-    images: Annotated[int, typer.Option(help="Images of each case.")] = 200,
-    only: Annotated[str | None, typer.Option(help="Run the cases of one factory.")] = None,
-    norms: Annotated[str, typer.Option(help="Run the cases of these norms.")] = "linf,l2,l1",
-) -> None:
-    """Print the tables as Markdown."""
-    warnings.simplefilter("ignore")
-    sys.path.insert(0, str(shared / "models"))
+def compared(own: Tensor, peer: Tensor) -> str:
+    """Cells: the peer's median and misses; the ratio of the medians; the geometric mean of the ratios by image."""
+    both = own.isfinite() & peer.isfinite()
+    median, by_image = float(own.median() / peer.median()), float((own / peer)[both].log().mean().exp())
+    return f"{peer.median():.5g} ({int(peer.isinf().sum())}) | {median:.3f} | {by_image:.3f}"
+
+
+def print_distances(shared: Path, factories: list[str], images: int) -> None:
     import architectures
 
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU\n")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("adv-lib", "foolbox"))
+    print(f"\nMedian least distances, and in brackets the images on which nothing was found; {versions}\n")
+    heads = "median (none found) | ratio of medians | mean ratio by image"
+    print(f"| network | attack | norm | robust: median (none found) | adv-lib: {heads} | foolbox: {heads} |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for factory in factories:
+        model = getattr(architectures, factory)().requires_grad_(False)
+        x, y = (part.contiguous() for part in load_images(shared, factory, images))
+        right = predicted(model, x) == y
+        x, y = x[right], y[right]
+        for name in ("fmn", "ddn", "sigma-zero"):
+            for norm in attacks.ATTACKS[name].norms:
+                own = own_distances(model, x, y, name, norm)
+                cells = [f"{own.median():.5g} ({int(own.isinf().sum())})"]
+                for peer in (adv_lib, foolbox):
+                    function = peer(name, norm, attacks.make(name, norm).steps)
+                    if function is None:
+                        cells.append("| |")
+                        continue
+                    x_adv = function(model, x, y).detach()
+                    size = attacks.NORMS[norm].distance(x_adv - x)
+                    cells.append(compared(own, torch.where(predicted(model, x_adv) != y, size, torch.inf)))
+                print(f"| {factory} | {name} | {norm} | {' | '.join(cells)} |", flush=True)
+
+
+def print_verdicts(shared: Path, cases: list[Case], images: int) -> None:
+    import architectures
+
     print("| network | norm, eps | attack | robust: stand | pyautoattack: stand | seconds | its seconds |")
     print("|---|---|---|---|---|---|---|")
-    chosen = [case for case in CASES if only in (None, case.factory) and case.norm in norms.split(",")]
-    for case in chosen:
+    for case in cases:
         model = getattr(architectures, case.factory)().requires_grad_(False)
         x, y = (part.contiguous() for part in load_images(shared, case.factory, images))
         for name in ("autoattack", *PARTS):
@@ -134,15 +172,29 @@ def main(
             spent = f"{middle - began:.1f} | {time.perf_counter() - middle:.1f}"
             print(f"| {case.factory} | {case.norm} {case.said} | {name} | {mine} | {other} | {spent} |", flush=True)
 
-    print("\n| network | attack | norm | robust: median distance | adversarial-library: median distance | ratio |")
-    print("|---|---|---|---|---|---|")
-    for factory in dict.fromkeys(case.factory for case in chosen):
-        model = getattr(architectures, factory)().requires_grad_(False)
-        x, y = (part.contiguous() for part in load_images(shared, factory, images))
-        for name in ("fmn", "ddn", "sigma-zero"):
-            for norm in attacks.ATTACKS[name].norms:
-                mine, other = medians(model, x, y, name, norm)
-                print(f"| {factory} | {name} | {norm} | {mine:.5g} | {other:.5g} | {mine / other:.3f} |", flush=True)
+
+class Part(StrEnum):
+    ALL = "all"
+    VERDICTS = "verdicts"
+    DISTANCES = "distances"
+
+
+def main(
+    shared: Annotated[Path, typer.Option(help="Folder with models/ and data/.")] = Path("../shared"),
+    images: Annotated[int, typer.Option(help="Images of each case.")] = 200,
+    only: Annotated[str | None, typer.Option(help="Run the cases of one factory.")] = None,
+    norms: Annotated[str, typer.Option(help="Run the cases of these norms.")] = "linf,l2,l1",
+    part: Annotated[Part, typer.Option(help="Print one of the tables only.")] = Part.ALL,
+) -> None:
+    """Print the tables as Markdown."""
+    warnings.simplefilter("ignore")
+    sys.path.insert(0, str(shared / "models"))
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU\n")
+    chosen = [case for case in CASES if only in (None, case.factory) and case.norm in norms.split(",")]
+    if part != Part.DISTANCES:
+        print_verdicts(shared, chosen, images)
+    if part != Part.VERDICTS:
+        print_distances(shared, list(dict.fromkeys(case.factory for case in chosen)), images)
 
 
 if __name__ == "__main__":
