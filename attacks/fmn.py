@@ -32,6 +32,7 @@ from attacks.noise import Noise
 from attacks.norms import NORMS, per_slot, project_l1_box
 
 STEP = {"linf": 2.0, "l2": 0.3, "l1": 0.3, "l0": 1.0}
+LAST = {"linf": 0.01, "l2": 0.01, "l1": 0.1, "l0": 0.01}  # the last step, as a fraction of the first
 DUAL = {"linf": 1, "l2": 2, "l1": math.inf}
 MOMENTUM = {"l1": 0.5, "l0": 0.9}  # of the mean of the gradients
 SEARCH, WIDTH = 10, 0.1  # steps at the end, and the share of the distance that the first of them would save
@@ -136,7 +137,7 @@ class FMN(Closing):
     steps: at least 1; every point is judged, the start and the last one included.
     step_size: length of the first step, as a fraction of the radius; in l1, the share of the way to the best point of
         ball and box; in l0, the change of each value, as a fraction of [0, 1]. None for what suits the norm. It falls
-        to a hundredth.
+        to a hundredth, in l1 to a tenth.
     gamma: the share by which the radius shrinks and grows at first, in (0, 1). It falls to 0.001.
     restarts: the first run starts from the image, others from noise about it.
 
@@ -152,7 +153,8 @@ class FMN(Closing):
     def _close(self, state: ClosingState, logits: Tensor, grad: Tensor) -> ClosingState:
         fade, turn = schedule(state, self.steps)
         gamma = 0.001 + (self.gamma - 0.001) * fade
-        size = (STEP[self.norm] if self.step_size is None else self.step_size) * (0.01 + 0.99 * fade)
+        first = STEP[self.norm] if self.step_size is None else self.step_size
+        size = first * (LAST[self.norm] + (1 - LAST[self.norm]) * fade)
         state.radius = self._radius(state, logits, grad, gamma)
         searching = turn >= 0
         best = state.best - state.x
