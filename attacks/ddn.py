@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attacks.fmn import TINY, Closing, ClosingState, alive, schedule, search_radius
+from attacks.closing import TINY, Closing, ClosingState, alive, schedule, search_radius
 from attacks.norms import per_slot
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attacks.attack import Attack, MinimalState
-from attacks.fmn import alive, schedule, start, thinned
+from attacks.closing import alive, schedule, start, thinned
 from attacks.losses import margin
 from attacks.noise import Noise
 from attacks.norms import NORMS, per_slot

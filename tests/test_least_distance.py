@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import attacks
 from attacks import engine
-from attacks.fmn import onto_l0, vertex
+from attacks.closing import onto_l0
+from attacks.fmn import vertex
 from attacks.norms import NORMS
 from toys import conv_net, images, tasks
 

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robust.conv.algorithm import Epilogue
+from robust.conv.product import product
+
 LEAST, MOST = 2**16, 2**24  # weights; of the largest layers no second copy is kept
 
 
@@ -33,8 +36,6 @@ class FrozenLinear(nn.Module):
             and LEAST <= linear.weight.numel() <= MOST
             and linear.weight.device.type == "cpu"
             and linear.weight.dtype == torch.float32
-            and torch.backends.mkldnn.is_available()
-            and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,4 +55,5 @@ class _Product(torch.autograd.Function):
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias: (..., K), (N, K), (N,) -> (..., N)."""
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return product(rows, weight[None], Epilogue(shift=bias)).view(*x.shape[:-1], len(weight))
