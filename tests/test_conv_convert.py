@@ -112,8 +112,10 @@ class Untraceable(nn.Module):
 def test_a_part_that_cannot_be_traced_is_replaced_inside():
     net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), Untraceable(), nn.Flatten(), nn.Linear(4 * 36, 2))
     net, x = net.double().eval(), images(2, (3, 8, 8)).double()
-    converted = convert(net, x, strict=True)
-    assert list(converted.faults) == ["2"] and "control flow" in converted.faults["2"]
+    converted = convert(net, x)
+    assert list(converted.faults) == ["2"] and "control flow" in converted.faults["2"] and not converted.missed
+    with pytest.raises(NotConverted, match="^2 cannot be traced: .*control flow"):
+        convert(net, x, strict=True)
     assert {layer.name: layer.fate for layer in converted.layers} == {
         "0": REPLACED, "1": FUSED, "2.conv": REPLACED, "2.norm": REPLACED, "3": LEFT, "4": REPLACED
     }  # fmt: skip
@@ -122,9 +124,11 @@ def test_a_part_that_cannot_be_traced_is_replaced_inside():
 
 def test_a_network_that_cannot_be_traced_at_all():
     net, x = Untraceable().double().eval(), images(2, (3, 8, 8)).double()
-    converted = convert(net, x, strict=True)
-    assert list(converted.faults) == [""]
+    converted = convert(net, x)
+    assert list(converted.faults) == [""] and not converted.missed
     agree(net, converted.module, x)
+    with pytest.raises(NotConverted, match="^the network cannot be traced: "):
+        convert(net, x, strict=True)
 
 
 class Calls(nn.Module):
@@ -254,13 +258,16 @@ CODES = {
 @pytest.mark.parametrize("code", CODES.values(), ids=CODES)
 def test_whatever_the_code_does(code):
     net, x = Coded(code).double().eval(), images(2).double()
-    agree(net, convert(net, x, strict=True).module, x)
+    converted = convert(net, x)
+    assert not converted.missed
+    agree(net, converted.module, x)
 
 
 def test_tracing_that_changes_what_is_computed_is_given_up():
     net, x = Coded(CODES["a branch on what is traced"]).double().eval(), images(2).double()
-    converted = convert(net, x, strict=True)
+    converted = convert(net, x)
     assert converted.faults[""].startswith("traced and fused, it computes something else: its output is off by 1")
+    assert not converted.missed
 
 
 def test_padding_by_name_in_a_function_is_left():

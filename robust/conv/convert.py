@@ -62,9 +62,17 @@ class Converted:
         counted = Counter(layer.fate for layer in self.layers if layer.fate != LEFT or layer.missed)
         return f"{counted.total()} layers: {', '.join(f'{counted[fate]} {fate}' for fate in (REPLACED, FUSED, LEFT))}"
 
+    def shortfall(self) -> str:
+        """In words, what torch still computes and what could not be traced; empty where nothing is amiss."""
+        named = [f"{layer.name or 'the network'} ({layer.kind}: {layer.reason})" for layer in self.missed]
+        rest = f" and {len(named) - 3} more" if len(named) > 3 else ""
+        left = [f"torch would still compute {', '.join(named[:3])}{rest}"] if named else []
+        whole = [f"{part or 'the network'} cannot be traced: {fault}" for part, fault in self.faults.items()]
+        return "; ".join(left + whole)
+
 
 class NotConverted(ValueError):
-    """torch would still compute something, or the result is not the same network; the message says what and why."""
+    """The result is not the same network or, where that is asked, not all converted; the message says what and why."""
 
 
 def convert(
@@ -77,8 +85,8 @@ def convert(
     compared with the module's in float64: where tracing or fusing has changed them, the layers are replaced without
     it, and `faults` says so; unless `check` is False. `algorithm` is conv2d's. The copy can be differentiated once.
 
-    NotConverted where even the layers alone compute something else, and, with `strict`, where a layer is missed;
-    ValueError for `strict` without x, as nothing else can tell.
+    NotConverted where even the layers alone compute something else, and, with `strict`, where a layer is missed or a
+    part cannot be traced; ValueError for `strict` without x, as nothing else can tell.
     """
     if strict and x is None:
         raise ValueError("strict needs x, a batch to try the network on")
@@ -88,8 +96,8 @@ def convert(
         if still := _difference(module, converted.module, x, algorithm, trace=False):
             raise NotConverted(f"on the project's layers the network computes something else: {still}")
         converted = replace(converted, faults={"": f"traced and fused, it computes something else: {fault}"})
-    if strict and converted.missed:
-        raise NotConverted(_said(converted))
+    if strict and (converted.missed or converted.faults):
+        raise NotConverted(converted.shortfall())
     return converted
 
 
@@ -143,13 +151,6 @@ def _answers(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
         (gradient,) = torch.autograd.grad((y * weights).sum(), query)
     return y.detach(), gradient
-
-
-def _said(converted: Converted) -> str:
-    named = [f"{layer.name or 'the network'} ({layer.kind}: {layer.reason})" for layer in converted.missed]
-    rest = f" and {len(named) - 3} more" if len(named) > 3 else ""
-    why = "".join(f"; {name or 'the network'} cannot be traced: {fault}" for name, fault in converted.faults.items())
-    return f"torch would still compute {', '.join(named[:3])}{rest}{why}"
 
 
 def _unboxed(name: str) -> str:

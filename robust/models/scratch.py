@@ -17,14 +17,17 @@ def from_scratch(model: Model, x: Tensor, device: torch.device) -> Model:
     """`model` with every convolution, batch-norm, pooling and linear layer replaced, on `device`.
 
     x, (N, C, H, W) in [0, 1], is what it is tried on, where it will run. It goes by the same name and fingerprint: the
-    weights are the same. InputError where a layer cannot be replaced, or the result does not agree with the model.
+    weights are the same. InputError where a layer cannot be replaced, or the result does not agree with the model; a
+    part that cannot be traced may stay as it is, its layers replaced.
     """
     x = x.to(device)
     if len(x) == 1:  # one image hides what is made for a whole batch
         x = torch.cat([x, 1 - x])
     original = copy.deepcopy(model.module).to(device)
     try:
-        converted = convert(original, x, strict=True)
+        converted = convert(original, x)
+        if converted.missed:
+            raise NotConverted(converted.shortfall())
     except NotConverted as error:
         raise InputError(f"{model.name} cannot run on the project's convolution: {error}; use --conv torch") from None
     except Exception as error:  # of code that somebody else wrote
