@@ -114,7 +114,7 @@ def test_a_part_that_cannot_be_traced_is_replaced_inside():
     net, x = net.double().eval(), images(2, (3, 8, 8)).double()
     converted = convert(net, x)
     assert list(converted.faults) == ["2"] and "control flow" in converted.faults["2"] and not converted.missed
-    with pytest.raises(NotConverted, match="^2 cannot be traced: .*control flow"):
+    with pytest.raises(NotConverted, match=r"^2 cannot be traced: .*control flow"):
         convert(net, x, strict=True)
     assert {layer.name: layer.fate for layer in converted.layers} == {
         "0": REPLACED, "1": FUSED, "2.conv": REPLACED, "2.norm": REPLACED, "3": LEFT, "4": REPLACED
@@ -127,7 +127,7 @@ def test_a_network_that_cannot_be_traced_at_all():
     converted = convert(net, x)
     assert list(converted.faults) == [""] and not converted.missed
     agree(net, converted.module, x)
-    with pytest.raises(NotConverted, match="^the network cannot be traced: "):
+    with pytest.raises(NotConverted, match=r"^the network cannot be traced: "):
         convert(net, x, strict=True)
 
 

@@ -573,7 +573,11 @@ def test_figures_of_an_earlier_report_go(store: Store, tmp_path: Path) -> None:
 def test_every_kind_of_image_and_norm_is_reported(options: dict, tmp_path: Path) -> None:
     store = make_store(**options)
     REPORTS["report.html"](store, tmp_path)
-    Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
+    reader = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert answer(store) in "".join(reader.text).replace("\u00a0", " ")
+    # Of every picture kept, image, perturbation and adversarial; two layouts of the curve.
+    names = [name for name, _ in reader.tags]
+    assert names.count("img") > 0 and names.count("img") % 3 == 0 and names.count("svg") == 2
 
 
 def test_npz_holds_the_verified_successes(store: Store, folder: Path) -> None:
