@@ -110,7 +110,7 @@ class Attack(ABC):
     def queries(self) -> int:
         """How many points one run asks about at most, the first and the last included."""
 
-    def last(self, state: State) -> Tensor:
+    def last(self, state: Any) -> Tensor:
         """(B,) bool: whether the present query, counted in `state.asked`, is the last of its run."""
         return state.asked >= self.queries
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from attacks.norms import per_slot, project_l1_box
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # p halves after each of these proposals
 ROUNDING = 1e-6  # share of eps that sums over an image leave to it
+AHEAD, SMALL = 4, 4  # so many proposals are looked at for one that changes anything, where sides are this small
 
 
 @dataclass(kw_only=True)
@@ -24,21 +25,23 @@ class SquareState(State):
     loss: Tensor  # (B,)
     size: Tensor  # (B,) of its perturbation; 0 in linf, where nobody asks
     moves: Tensor  # (B, queries - 1, K) what is drawn for each proposal
+    proposed: Tensor  # (B,) how many of them have been made
 
 
 @dataclass(frozen=True, kw_only=True)
 class Square(Attack):
     """Changes a random window of the best point so far, and keeps the change if it raises the margin.
 
-    linf: the window becomes x + eps or x - eps, each channel by its own sign.
+    linf: the window becomes x + eps or x - eps, each channel by its own sign. Where that is what it was, as in a
+        quarter of the small windows of one channel, nobody asks: what the model says is known.
     l2, and l1 (arXiv 2103.01208): the window gets two opposite peaks on top of what it held, and a second window is
     emptied; what both held, and what the ball has left, is the size of the new perturbation in the first.
 
-    queries: points asked about, the start included; at least 1.
+    queries: the start and the proposals, at least 1.
     p: share of the pixels that the first windows cover, in (0, 1]. Windows shrink after fixed numbers of proposals,
         whatever `queries` is, as in AutoAttack.
 
-    Costs `queries` forwards and no gradient on a sample that stands.
+    Costs at most `queries` forwards and no gradient.
     """
 
     name: ClassVar[str] = "square"
@@ -60,7 +63,11 @@ class Square(Attack):
         state.x = state.x.contiguous()  # windows are places in a flat image
         state.query = self._stripes(state, noise) if self.norm == "linf" else self._tiles(state, noise)
         loss, size = torch.full_like(state.eps, -torch.inf), torch.zeros_like(state.eps)
-        return SquareState(**vars(state), best=state.query, loss=loss, size=size, moves=self._draw(state.x, noise))
+        moves, proposed = self._draw(state.x, noise), torch.zeros_like(state.asked)
+        return SquareState(**vars(state), best=state.query, loss=loss, size=size, moves=moves, proposed=proposed)
+
+    def last(self, state: SquareState) -> Tensor:
+        return state.proposed >= self.queries - 1
 
     def step(self, state: SquareState, logits: Tensor, grad: None) -> SquareState:
         loss = margin(logits, state.y)
@@ -75,6 +82,7 @@ class Square(Attack):
         else:
             state.size[better] = self.ball.distance(accepted - state.x[better])
             state.query = self._rearrange(state)
+        state.proposed += 1
         return state
 
     def _stripes(self, state: State, noise: Noise) -> Tensor:
@@ -107,8 +115,8 @@ class Square(Attack):
         those of the second window, and a bit for the turn of the peaks.
         """
         _, c, h, w = x.shape
-        halvings, sides, _ = self._windows(x)
-        side = sides[torch.bucketize(torch.arange(self.queries - 1, device=x.device), halvings)]
+        windows = self._windows(x)
+        side = windows.sides[windows.phase(torch.arange(self.queries - 1, device=x.device))]
         # In linf windows reach every edge, as in the paper. In l2 and l1 the last place is not drawn, as in the
         # authors' code: few windows would empty the last row and column, and what is put there is missing elsewhere.
         last = 1 if self.norm == "linf" else 0
@@ -118,45 +126,69 @@ class Square(Attack):
         # In bytes, where they are enough: this is most of what a slot carries.
         return draws.to(torch.uint8 if max(h, w) < 256 else torch.int16)
 
-    def _windows(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _windows(self, x: Tensor) -> "_Windows":
         return _windows(self.norm, self.p, x.shape[2], x.shape[3], x.device)
 
-    def _next(self, state: SquareState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of the next proposal: what was drawn (B, K), which of the sides it has (B,), and `_reach` of its windows."""
-        halvings, sides, _ = self._windows(state.x)
-        proposal = state.asked - 1
-        move = state.moves[torch.arange(len(proposal), device=proposal.device), proposal].long()
-        phase = torch.bucketize(proposal, halvings)
-        return move, phase, *_reach(sides[phase])
+    def _next(self, state: SquareState, slots: Tensor, ahead: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the next proposals in slots (n,): what was drawn (n, A, K), the phase of each (n, A), and the pixels of
+        its window (n, A, S * S).
+        """
+        windows = self._windows(state.x)
+        proposals = state.proposed[slots, None] + torch.arange(ahead, device=slots.device)
+        proposals.clamp_(max=self.queries - 2)
+        phase = windows.phase(proposals)
+        largest = int(windows.sides[phase].max())
+        return state.moves[slots[:, None], proposals].long(), phase, windows.pixels[:, : largest**2][phase]
 
     def _paint(self, state: SquareState) -> Tensor:
         """The next point in linf, (B, C, H, W)."""
-        c, w = state.x.shape[1], state.x.shape[3]
-        move, _, reach, _ = self._next(state)
-        window = _pixels(move[:, c : c + 2], reach, w)
-        signs = (2 * move[:, :c] - 1) * state.eps[:, None]
-        return _put_(state.best.clone(), window, _take(state.x, window).add_(signs[:, :, None]).clamp_(0, 1))
+        windows, query = self._windows(state.x), state.best.clone()
+        small = windows.sides[windows.phase(state.proposed)] <= SMALL
+        for rows, ahead in ((small, AHEAD if state.x.shape[1] == 1 else 1), (~small, 1)):
+            slots = rows.nonzero().squeeze(1)
+            if len(slots):
+                self._paint_(query, state, slots, ahead)
+        return query
+
+    def _paint_(self, query: Tensor, state: SquareState, slots: Tensor, ahead: int) -> None:
+        """Into slots (n,): the first of the next proposals that changes anything, else the last of them."""
+        _, c, h, w = state.x.shape
+        move, _, pixels = self._next(state, slots, ahead)
+        channels = (slots[:, None] * c + torch.arange(c, device=slots.device)) * (h * w)  # where each begins
+        corners = move[..., c] * w + move[..., c + 1]
+        places = (corners[..., None] + pixels)[:, :, None] + channels[:, None, :, None]  # (n, A, C, S * S)
+        signs = (2 * move[..., :c, None] - 1) * state.eps[slots, None, None, None]
+        new = state.x.take(places).add_(signs).clamp_(0, 1)
+        if ahead > 1:
+            changes = (new != state.best.take(places)).flatten(2).any(2)
+            changes[:, -1] = True
+            first = changes.int().argmax(1)
+            state.proposed[slots] += first
+            chosen = torch.arange(len(slots), device=slots.device) * ahead + first
+            places, new = (each.flatten(0, 1).index_select(0, chosen) for each in (places, new))
+        query.put_(places, new)
 
     def _rearrange(self, state: SquareState) -> Tensor:
         """The next point in l2 and l1, (B, C, H, W)."""
         c, w = state.x.shape[1], state.x.shape[3]
         order = 2 if self.norm == "l2" else 1
-        move, phase, reach, own = self._next(state)
-        once = (own[:, :, None] & own[:, None, :]).flatten(1)[:, None].to(state.x)
+        slots = torch.arange(len(state.proposed), device=state.x.device)
+        move, phase, pixels = (part[:, 0] for part in self._next(state, slots, 1))
+        windows = self._windows(state.x)
+        once = windows.once[:, : pixels.shape[1]][phase][:, None]  # (B, 1, S * S)
 
         def size(delta: Tensor) -> Tensor:
             return torch.linalg.vector_norm(delta * once, order, dim=2, keepdim=True)  # (B, C, 1)
 
-        windows = _pixels(move[:, c : c + 4], reach, w)
-        filled, emptied = windows.chunk(2, 1)
-        clean = _take(state.x, windows)
-        (x, x2), (old, old2) = clean.chunk(2, 2), (_take(state.best, windows) - clean).chunk(2, 2)
+        filled, emptied = (move[:, k, None] * w + move[:, k + 1, None] + pixels for k in (c, c + 2))
+        both = torch.cat([filled, emptied], 1)
+        clean = _take(state.x, both)
+        (x, x2), (old, old2) = clean.chunk(2, 2), (_take(state.best, both) - clean).chunk(2, 2)
         query = _put_(state.best.clone(), emptied, x2)
         rest = _take(query, filled) - x
 
-        _, _, etas = self._windows(state.x)
-        eta = etas[move[:, -1, None, None], phase[:, None, None], reach[:, :, None], reach[:, None, :]].flatten(1)
-        new = (2 * move[:, :c, None] - 1) * eta[:, None] + old / (size(old) + 1e-12)
+        eta = windows.etas[:, :, : pixels.shape[1]][move[:, -1], phase][:, None]
+        new = (2 * move[:, :c, None] - 1) * eta + old / (size(old) + 1e-12)
         eps = state.eps * (1 - ROUNDING)
         left = ((eps**order - state.size**order) / c)[:, None, None]
         budget = (size(old2) ** order + size(rest) ** order + left).clamp_(min=0) ** (1 / order)
@@ -173,19 +205,39 @@ class Square(Attack):
         return delta.sub_(delta.clamp(max=shrink).clamp_(min=-shrink)).add_(state.x).clamp_(0, 1)
 
 
-@lru_cache(maxsize=32)
-def _windows(norm: str, p: float, h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """After which proposals windows shrink (9,), their sides (10,), and their peaks, as they are and turned
-    (2, 10, S, S).
+class _Windows(NamedTuple):
+    """The windows of each phase of the search. What is said of their pixels, row by row, repeats that of the last
+    pixel where windows of other phases are larger.
     """
+
+    halvings: Tensor  # (9,) after which proposals they shrink
+    sides: Tensor  # (10,)
+    pixels: Tensor  # (10, S * S) their places in a flat image, the first being 0
+    once: Tensor  # (10, S * S) 1 for each pixel, 0 where the last repeats
+    etas: Tensor  # (2, 10, S * S) their peaks, as they are and turned; 0 in linf
+
+    def phase(self, proposals: Tensor) -> Tensor:
+        return torch.bucketize(proposals, self.halvings)
+
+
+@lru_cache(maxsize=32)
+def _windows(norm: str, p: float, h: int, w: int, device: torch.device) -> _Windows:
     sides = [round(math.sqrt(p / 2**k * h * w)) for k in range(len(HALVINGS) + 1)]
     sides = [min(h, w, max(s, 1) if norm == "linf" else max(s, 3) | 1) for s in sides]
-    etas = torch.zeros(2, len(sides), max(sides), max(sides))
-    if norm != "linf":
-        for k, s in enumerate(sides):
-            etas[0, k, :s, :s] = _eta(s, norm)
-        etas[1] = etas[0].mT
-    return torch.tensor(HALVINGS, device=device), torch.tensor(sides, device=device), etas.to(device)
+    area = max(sides) ** 2
+
+    def padded(values: list[Tensor]) -> Tensor:
+        rows = [torch.cat([each.flatten(), each.flatten()[-1:].expand(area - each.numel())]) for each in values]
+        return torch.stack(rows).to(device)
+
+    squares = [torch.zeros(s, s) if norm == "linf" else _eta(s, norm) for s in sides]
+    return _Windows(
+        halvings=torch.tensor(HALVINGS, device=device),
+        sides=torch.tensor(sides, device=device),
+        pixels=padded([torch.arange(s)[:, None] * w + torch.arange(s) for s in sides]),
+        once=(torch.arange(area) < torch.tensor(sides)[:, None] ** 2).float().to(device),
+        etas=torch.stack([padded(squares), padded([square.mT for square in squares])]),
+    )
 
 
 def _eta(s: int, norm: str) -> Tensor:
@@ -200,20 +252,6 @@ def _eta(s: int, norm: str) -> Tensor:
 
     eta = torch.cat([peak(s // 2, s), -peak(s - s // 2, s)])
     return eta / torch.linalg.vector_norm(eta, order)
-
-
-def _reach(side: Tensor) -> tuple[Tensor, Tensor]:
-    """0, 1, ... up to a window's last row, which repeats where other windows in the batch are larger, (B, S); and
-    True for each row once.
-    """
-    steps = torch.arange(int(side.max()), device=side.device)
-    return steps.minimum(side[:, None] - 1), steps < side[:, None]
-
-
-def _pixels(corners: Tensor, reach: Tensor, width: int) -> Tensor:
-    """Places in a flat image of windows with these tops and lefts (B, 2 * n), one after the other, (B, n * S * S)."""
-    rows, cols = (corners.unflatten(1, (-1, 2))[..., None] + reach[:, None, None]).unbind(2)  # (B, n, S)
-    return (rows[..., None] * width + cols[..., None, :]).flatten(1)
 
 
 def _take(images: Tensor, pixels: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from robust.models.frozen_linear import FrozenLinear
-from robust.models.image_conv import ImageConv2d
 from robust.models.prepare import fast_twin, frozen
+from robust.models.thin_conv import ThinConv2d
 from toys import conv_net
 
 
@@ -278,20 +278,24 @@ def test_frozen_restores_every_part_even_after_an_error() -> None:
     assert [parameter.requires_grad for parameter in module.parameters()] == required
 
 
-# The gradient of the image
+# Gradients by blocks
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    channels=st.integers(1, 4), kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)), stride=st.integers(1, 4),
+    channels=st.integers(1, 4) | st.integers(5, 16), kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    stride=st.integers(1, 4),
     padding=st.tuples(st.integers(0, 3), st.integers(0, 3)), size=st.tuples(st.integers(7, 17), st.integers(7, 17)),
     bias=st.booleans(),
 )  # fmt: skip
-def test_image_convolution_equals_torchs(channels, kernel, stride, padding, size, bias):
+def test_thin_convolution_equals_torchs(channels, kernel, stride, padding, size, bias):
+    if channels > 4:  # whole strides only
+        stride = max(stride, 2)
+        kernel = tuple(max(k // stride, 1) * stride for k in kernel)
     conv = nn.Conv2d(channels, 5, kernel, stride, padding, bias=bias).double()
-    assert ImageConv2d.suits(conv)
+    assert ThinConv2d.suits(conv)
     x = torch.rand(2, channels, *size, dtype=torch.float64, requires_grad=True)
-    expected, ours = conv(x), ImageConv2d(conv)(x)
+    expected, ours = conv(x), ThinConv2d(conv)(x)
     torch.testing.assert_close(ours, expected)
     cotangent = torch.randn_like(expected)
     (reference,) = torch.autograd.grad(expected, x, cotangent)
@@ -302,19 +306,20 @@ def test_image_convolution_equals_torchs(channels, kernel, stride, padding, size
 @pytest.mark.parametrize(
     "conv",
     [
-        nn.Conv2d(8, 8, 3), nn.Conv2d(3, 3, 3, groups=3), nn.Conv2d(3, 8, 3, dilation=2),
+        nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, stride=2), nn.Conv2d(17, 8, 4, stride=2),
+        nn.Conv2d(3, 3, 3, groups=3), nn.Conv2d(3, 8, 3, dilation=2),
         nn.Conv2d(3, 8, 3, padding="same"), nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"),
         nn.Conv2d(3, 8, 3, stride=(1, 2)), nn.Linear(3, 3),
     ],
 )  # fmt: skip
 def test_other_convolutions_are_left_alone(conv):
-    assert not ImageConv2d.suits(conv)
+    assert not ThinConv2d.suits(conv)
 
 
 def test_the_twin_has_the_gradient_of_the_model():
     model, x = conv_net(), images(12, 6)
     twin, description = fast_twin(model, x)
-    assert "image gradient by blocks" in description and any(isinstance(m, ImageConv2d) for m in twin.modules())
+    assert "input gradients by blocks" in description and any(isinstance(m, ThinConv2d) for m in twin.modules())
     gradients = []
     for net in (model, twin):
         query = x.clone().requires_grad_()
@@ -338,10 +343,56 @@ def test_a_frozen_linear_layer_is_the_layer(shape, bias):
         torch.testing.assert_close(gradient, weights @ linear.weight.detach(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(5, 3, 10, 10), (5, 12, 5, 5), (5, 300, 1, 1), (1, 300), (0, 3, 10, 10)])
+@pytest.mark.parametrize("permuted", [True, False])
+def test_a_frozen_linear_layer_that_flattens_reads_images_however_they_lie(shape, permuted):
+    linear = nn.Linear(300, 250)
+    flattening = FrozenLinear(linear, flattens=True)
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(2))
+    for query in (x, x * 2):
+        if permuted and query.ndim == 4:
+            query = query.to(memory_format=torch.channels_last)
+        query = query.requires_grad_()
+        out = flattening(query)
+        torch.testing.assert_close(out, linear(query.flatten(1)), atol=1e-5, rtol=1e-5)
+        weights = torch.linspace(-1, 1, 250).expand(out.shape)
+        (gradient,) = torch.autograd.grad(out, query, weights)
+        expected = (weights @ linear.weight.detach()).view(shape)
+        torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-5)
+
+
+class Flattened(nn.Sequential):
+    """An nn.Flatten whose output is no longer read by the linear layer behind it alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, relu, flatten, linear = self
+        rows = flatten(relu(conv(x)))
+        return linear(rows) + rows[:, :1]
+
+
+def test_the_twin_reads_images_in_the_order_of_memory(monkeypatch):
+    x, made = images(16), []
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(392, 200)).eval()
+    other = Flattened(*copy.deepcopy(net)).eval()
+    product = FrozenLinear.forward
+    monkeypatch.setattr(FrozenLinear, "forward", lambda self, x: made.append(x.shape) or product(self, x))
+    fast_twin(net, x)
+    assert made and all(len(shape) == 4 for shape in made)
+    made.clear()
+    fast_twin(other, x)
+    assert made and all(len(shape) == 2 for shape in made)
+    for module in (net, other):
+        for ours, theirs in zip(
+            logits_and_gradient(fast_twin(module, x)[0], x), logits_and_gradient(module, x), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_the_twin_takes_large_linear_layers_only():
     x = images(8)
     wide = nn.Sequential(nn.Flatten(), nn.Linear(192, 400), nn.ReLU(), nn.Linear(400, 10)).eval()
     twin, description = fast_twin(wide, x)
     assert description == "linear layers by oneDNN"
-    assert [type(layer) for layer in twin] == [nn.Flatten, FrozenLinear, nn.ReLU, nn.Linear]
+    assert [type(layer) for layer in twin] == [nn.Identity, FrozenLinear, nn.ReLU, nn.Linear]
+    torch.testing.assert_close(twin(x), wide(x))
     assert not FrozenLinear.suits(nn.Linear(300, 300).double())

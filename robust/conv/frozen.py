@@ -65,7 +65,7 @@ class FrozenConv2d(nn.Module):
         return self
 
 
-def scale_and_shift(norm: BatchNorm2d) -> tuple[Tensor, Tensor]:
+def scale_and_shift(norm: BatchNorm2d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """(C,) each, in float64: what a batch-norm does in eval mode, x · scale + shift."""
     assert norm.running_mean is not None and norm.running_var is not None
     scale = (norm.running_var.double() + norm.eps).rsqrt()

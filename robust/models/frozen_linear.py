@@ -4,7 +4,7 @@ torch.nn.functional.linear calls MKL, which leaves half of the registers of some
 there are, whoever made them. It is not called for small layers, where calling it takes longer than the sums.
 """
 
-from typing import Any
+from typing import Any, NamedTuple, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +16,20 @@ LEAST, MOST = 2**16, 2**24  # weights; of the largest layers no second copy is k
 
 
 class FrozenLinear(nn.Module):
-    """`linear` with frozen parameters: the same output, the same input gradient up to rounding."""
+    """`linear` with frozen parameters: the same output, the same input gradient up to rounding.
 
-    weight: Tensor
-    transposed: Tensor
-    bias: Tensor | None
+    flattens: what it is given is flattened first, (N, ...) to (N, K). An image with its channels last in memory is
+        read in that order, with weights put in the same order, for else it would have to be copied.
+    """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, flattens: bool = False):
         super().__init__()
-        weight = linear.weight.detach()
-        self.register_buffer("weight", weight.contiguous())
-        self.register_buffer("transposed", weight.t().contiguous())  # a view would take a thousand times as long
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.flattens = flattens
+        self.packed = _Packed.of(linear.weight.detach(), linear.bias)
+        self.in_order: dict[torch.Size, _Packed] = {}  # shape of an image (C, H, W) ->
 
     @staticmethod
-    def suits(linear: nn.Module) -> bool:
+    def suits(linear: nn.Module) -> TypeGuard[nn.Linear]:
         return (
             type(linear) is nn.Linear
             and LEAST <= linear.weight.numel() <= MOST
@@ -39,14 +38,32 @@ class FrozenLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Product.apply(x, self)
+        if not self.flattens:
+            return _Product.apply(x, self.packed)
+        if x.ndim != 4 or x.is_contiguous():
+            return _Product.apply(x.flatten(1), self.packed)
+        image = x.shape[1:]
+        if image not in self.in_order:
+            weight = self.packed.weight.unflatten(1, image).permute(0, 2, 3, 1).flatten(1)
+            self.in_order[image] = _Packed.of(weight, self.packed.bias)
+        return _Product.apply(x.permute(0, 2, 3, 1).flatten(1), self.in_order[image])
+
+
+class _Packed(NamedTuple):
+    weight: Tensor  # (N, K)
+    transposed: Tensor  # (K, N); a view would take a thousand times as long
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> Self:
+        return cls(weight.contiguous(), weight.t().contiguous(), None if bias is None else bias.detach())
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: FrozenLinear) -> Tensor:
-        ctx.transposed = linear.transposed
-        return _product(x, linear.weight, linear.bias)
+    def forward(ctx: Any, x: Tensor, packed: _Packed) -> Tensor:
+        ctx.transposed = packed.transposed
+        return _product(x, packed.weight, packed.bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:

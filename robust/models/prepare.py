@@ -5,15 +5,16 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from robust.conv.frozen import scale_and_shift
 from robust.models.frozen_linear import FrozenLinear
-from robust.models.image_conv import ImageConv2d
 from robust.models.probe import describe
+from robust.models.thin_conv import ThinConv2d
 
 ALIKE = 0.95  # the least cosine between the input gradients of a twin and its module
 TOLERANCE = 5e-3  # of a twin's logits, relative to the largest; a wrong fold is off by about 1, TF32 by 1e-3
@@ -37,7 +38,7 @@ def fast_twin(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
     """A faster equivalent of `module` for its forward and input gradient, and in words what it is.
 
     A copy in eval mode with frozen parameters, each batch-norm folded into its convolution, in channels_last, and on
-    a CPU with the gradient of the image computed by blocks of pixels and large linear layers by oneDNN.
+    a CPU with input gradients of few channels computed by blocks of pixels and large linear layers by oneDNN.
     It must agree with the module on `x`, real images (N, C, H, W): the same argmax in every row, logits within
     TOLERANCE of the largest, a finite input gradient. Where it does not, or cannot be made, a plain frozen copy
     is tried, then `module` itself is returned, with the reason. `module` is left exactly as it was.
@@ -67,14 +68,17 @@ def _folded_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
     if not _has_hooks(module) and _fold_batch_norms(twin, x[:2]):
         done.append("batch-norm folded")
     if not _has_hooks(module):
+        for part in list(twin.modules()):
+            if type(part) is nn.Sequential and _take_flattening(part):
+                done.append("linear layers by oneDNN")
         for name, part in list(twin.named_modules()):
-            if name and ImageConv2d.suits(part):
-                twin.set_submodule(name, ImageConv2d(part))
-                done.append("image gradient by blocks")
+            if name and ThinConv2d.suits(part):
+                twin.set_submodule(name, ThinConv2d(part))
+                done.append("input gradients by blocks")
             elif name and FrozenLinear.suits(part):
                 twin.set_submodule(name, FrozenLinear(part))
                 done.append("linear layers by oneDNN")
-    if any(isinstance(part, nn.Conv2d | ImageConv2d) for part in twin.modules()):
+    if any(isinstance(part, nn.Conv2d | ThinConv2d) for part in twin.modules()):
         twin = twin.to(memory_format=torch.channels_last)
         done.append("channels_last")
     return twin, ", ".join(dict.fromkeys(done)) or description
@@ -153,13 +157,28 @@ def _fold_batch_norms(module: nn.Module, x: Tensor) -> int:
         conv = made_by.get(node)
         if conv is None or norm.running_mean is None or (readers[node], calls[conv], calls[norm]) != (1, 1, 1):
             continue
-        # In float64, so that folding costs no accuracy; copies, as parameters may be shared between layers.
-        fused = fuse_conv_bn_eval(copy.deepcopy(conv).double(), copy.deepcopy(norm).double()).to(conv.weight)
-        conv.weight, conv.bias = fused.weight, fused.bias
+        # In float64, so that folding costs no accuracy; new parameters, as layers may share theirs.
+        scale, shift = scale_and_shift(norm)
+        weight, bias = conv.weight.double() * scale.view(-1, 1, 1, 1), shift
+        if conv.bias is not None:
+            bias = bias + conv.bias.double() * scale
+        conv.weight, conv.bias = (nn.Parameter(values.to(conv.weight), False) for values in (weight, bias))
         # What remains of timm's BatchNormAct2d are its activation and dropout; of BatchNorm2d, nothing.
         module.set_submodule(name, nn.Sequential(*norm.children()))
         folded += 1
     return folded
+
+
+def _take_flattening(layers: nn.Sequential) -> int:
+    """Let, in place, linear layers flatten what an nn.Flatten before them would have; how many now do."""
+    taken = 0
+    for (before, flatten), (name, linear) in pairwise(list(layers.named_children())):
+        whole = type(flatten) is nn.Flatten and (flatten.start_dim, flatten.end_dim) == (1, -1)
+        if whole and FrozenLinear.suits(linear):
+            layers.set_submodule(before, nn.Identity())
+            layers.set_submodule(name, FrozenLinear(linear, flattens=True))
+            taken += 1
+    return taken
 
 
 def _foldable_types() -> tuple[tuple[type, ...], tuple[type, ...]]:
