@@ -52,14 +52,14 @@ def run(
         if starting:
             filled = _join(filled, _begin(attack, starting, eps, seed))
         assert filled is not None
-        asking, waiting = _split(filled, attack.wants_grad(filled.state))
+        asking, waiting = _split(filled, attack)
         state = asking.state
         before, steady = len(asking), steady + 1 if len(asking) == before else 0
         room = slots if steady < STEADY else len(asking)
 
         state.asked += 1
         last = attack.last(state)
-        wants_grad = bool((attack.wants_grad(state) & ~last).any())
+        wants_grad = attack.needs_grad and bool((attack.wants_grad(state) & ~last).any())
         logits, grad, state.fooled = _evaluate(model, attack, state, wants_grad, room, draws)
         if isinstance(state, MinimalState):
             _keep_nearest(attack, state)
@@ -85,7 +85,8 @@ def run(
             free = slots - len(asking) - len(waiting or ()) - len(starting)
             starting += islice(queue, free)
         if asking:
-            asking.state.graded += wants_grad
+            if wants_grad:
+                asking.state.graded += 1
             asking.state = attack.step(asking.state, logits, grad)
         filled = _join(waiting, asking)
 
@@ -110,11 +111,14 @@ def _join(first: _Slots | None, second: _Slots) -> _Slots:
     return _Slots(first.climbs + second.climbs, cat(first.state, second.state)) if second else first
 
 
-def _split(filled: _Slots, wanting: Tensor) -> tuple[_Slots, _Slots | None]:
+def _split(filled: _Slots, attack: Attack) -> tuple[_Slots, _Slots | None]:
     """The slots to ask about now, and those that wait.
 
     Those for which a forward is enough go first, so that the others ask for gradients in a full batch.
     """
+    if not attack.needs_grad:
+        return filled, None
+    wanting = attack.wants_grad(filled.state)
     if bool(wanting.all()) or not bool(wanting.any()):
         return filled, None
     later, now = (rows.nonzero().squeeze(1) for rows in (wanting, ~wanting))

@@ -5,24 +5,31 @@
 
 Every method attacks the same images with the same batch size. PGD has the same step (eps / 10) and number of steps
 everywhere, from a random start, and is timed beside the network alone; AutoAttack is the standard suite. Methods take
-turns, and the ratio printed is the median over the rounds of (peer / robust): above 1, robust is faster. Robust
-accuracy is counted on a fresh forward pass of what each method returns, over all images. "robust" is the whole of
-`robust.run`: clean pass, attack, re-verification, 8-bit check, store.
+turns, and the ratio printed is the median over the rounds of (peer / robust): above 1, robust is faster. Each has a
+process of its own, as its users would run it: what one leaves behind, such as the C library's memory, another would
+profit from. Robust accuracy is counted on a fresh forward pass of what each method returns, over all images. "robust"
+is the whole of `robust.run`: clean pass, attack, re-verification, 8-bit check, store.
 """
 
+import multiprocessing
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+# A script's own folder comes first, where this file would stand before the package of the same name; the processes
+# that it starts do not have it.
+HERE = str(Path(__file__).resolve().parent)
+sys.path.insert(0, HERE)
 from images import load_images
 
-# Run as a script, this file would stand before the package of the same name.
-sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
+sys.path[:] = [folder for folder in sys.path if str(Path(folder).resolve()) != HERE]
 
 import torch
 import typer
@@ -134,25 +141,35 @@ def stands(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def compare(title: str, methods: Mapping[str, Method], case: Case, shared: Path, rounds: int) -> None:
-    model, (x, y) = load_network(shared, case.factory), load_images(shared, case.factory, case.images)
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     standing: dict[str, list[int]] = {name: [] for name in methods}
-    for method in methods.values():  # warm up
-        method(model, x[:8], y[:8], case.eps)
-    for turn in range(rounds):
-        order = list(methods.items())
-        for name, method in order[turn % len(order) :] + order[: turn % len(order)]:
-            torch.manual_seed(turn)
-            began = time.perf_counter()
-            verdicts = method(model, x, y, case.eps)
-            seconds[name].append(time.perf_counter() - began)
-            standing[name].append(int(verdicts.sum()))
-    print(f"\n{case.factory}, linf {case.said}, {len(x)} images, {title}, {rounds} rounds\n")
+    with ExitStack() as stack:
+        processes = {
+            name: stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))) for name in methods
+        }
+        for turn in range(rounds):
+            order = list(methods)
+            for name in order[turn % len(order) :] + order[: turn % len(order)]:
+                took, stood = processes[name].submit(take_turn, methods[name], case, shared, turn).result()
+                seconds[name].append(took)
+                standing[name].append(stood)
+    print(f"\n{case.factory}, linf {case.said}, {case.images} images, {title}, {rounds} rounds\n")
     print("| method | seconds, median | ratio to robust | images that stand |\n|---|---|---|---|")
     for name in methods:
         ratios = [theirs / own for theirs, own in zip(seconds[name], seconds["robust"], strict=True)]
         range_of = "–" if name == "bare loop" else f"{min(standing[name])}–{max(standing[name])}"
         print(f"| {name} | {statistics.median(seconds[name]):.2f} | {statistics.median(ratios):.2f} | {range_of} |")
+
+
+def take_turn(method: Method, case: Case, shared: Path, turn: int) -> tuple[float, int]:
+    """Seconds that the method takes, and how many images stand; in its own process."""
+    warnings.simplefilter("ignore")
+    model, (x, y) = load_network(shared, case.factory), load_images(shared, case.factory, case.images)
+    method(model, x[:8], y[:8], case.eps)  # warm up
+    torch.manual_seed(turn)
+    began = time.perf_counter()
+    verdicts = method(model, x, y, case.eps)
+    return time.perf_counter() - began, int(verdicts.sum())
 
 
 def load_network(shared: Path, factory: str) -> nn.Module:
