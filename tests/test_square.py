@@ -214,6 +214,30 @@ def test_targeted_reaches_the_class_and_no_other_counts(norm):
     assert all(int(model(o.x_adv[None]).argmax()) == y[o.position] for o in reached)
 
 
+def test_proposals_that_change_nothing_are_not_asked_about_and_change_no_verdict(monkeypatch):
+    torch.manual_seed(3)
+    model = (
+        nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval().requires_grad_(False)
+    )
+    x = images(30, (1, 8, 8))
+    y, attack = model(x).argmax(1), Square(norm="linf", queries=400)
+    asked = []
+    fewer = run(lambda query: asked.append(query.clone()) or model(query), attack, x, y, [0.06], slots=1)
+    monkeypatch.setattr("attacks.square.AHEAD", 1)
+    all_of_them = run(model, attack, x, y, [0.06], slots=1)
+    stood = sum(not o.found for o in fewer)
+    assert 5 < stood < 25
+    for one, other in zip(fewer, all_of_them, strict=True):
+        assert one.found == other.found and one.forwards <= other.forwards
+        if one.found:
+            assert torch.equal(one.x_adv, other.x_adv)
+        else:
+            assert other.forwards == (400,)
+    stands = [o.forwards[0] for o in fewer if not o.found]
+    assert sum(stands) < 0.95 * 400 * stood
+    assert len(asked) == sum(o.forwards[0] for o in fewer)
+
+
 # What it keeps
 
 
