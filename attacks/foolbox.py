@@ -48,6 +48,9 @@ class FoolboxAttack:
         """The attack `name`, told those of the options `given` that it has; ValueError where it cannot run."""
         takes = inspect.signature(foolbox_attacks()[name]).parameters
         options = {theirs: given[ours] for ours, theirs in OPTIONS.items() if ours in given and theirs in takes}
+        for ours, theirs in OPTIONS.items():
+            if theirs in takes and theirs not in options and takes[theirs].default is inspect.Parameter.empty:
+                raise ValueError(f"{name} needs {ours}: foolbox has no default for it")
         attack = cls(name=name, norm=norm, targeted=targeted, restarts=given.get("restarts", 1), options=options)
         try:
             own = _norm_of(attack._make().distance)

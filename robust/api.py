@@ -20,7 +20,7 @@ from robust.data.batches import from_batches
 from robust.data.sample import Dataset, Sample
 from robust.environment import environment
 from robust.errors import InputError
-from robust.harness import Listener, evaluate, pick_device, plan
+from robust.harness import Listener, check, evaluate, pick_device, plan
 from robust.models import load_model
 from robust.models.model import Model, fingerprint
 from robust.models.prepare import frozen
@@ -143,6 +143,7 @@ def run(
         raise InputError(f"model must be an nn.Module or a spec, not a {type(model).__name__}; wrap it in a module")
     if class_names is not None and not isinstance(model, nn.Module):
         raise InputError("class_names go with a module; a model by its spec has names of its own")
+    check(options)
     if isinstance(model, str):
         model = load_model(model)
     if isinstance(data, str):

@@ -173,9 +173,11 @@ def evaluate(
     from reports.terminal import plain_lines, summary_table
     from robust.api import execute, load_surrogate
     from robust.data import load_data
+    from robust.harness import check
     from robust.models import load_model
     from robust.progress import Meter
 
+    check(options)
     loaded = load_model(model, weights, input_size)
     dataset = load_data(
         data, loaded, limit=limit, seed=seed, label=label, data_root=data_root, skip_bad_images=skip_bad_images

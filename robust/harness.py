@@ -58,36 +58,39 @@ class Plan:
     surrogate: nn.Module | None = None
 
 
+def check(options: Options) -> None:
+    """InputError for attacks and options that are wrong whatever the model is, which may take long to load."""
+    _attacks(options, None, None if options.surrogate is None else nn.Identity())
+
+
 def plan(options: Options, model: Model, class_names: Sequence[str] | None, surrogate: Model | None = None) -> Plan:
     """Options made concrete for the model; InputError for names that it or this project does not know."""
-    made = []
     device = pick_device(options.device)
     if surrogate is not None and surrogate.num_classes != model.num_classes:
         raise InputError(
             f"the surrogate {surrogate.name} has {surrogate.num_classes} classes and the model {model.num_classes}; "
             "name one trained on the same classes"
         )
+    crafted_on = None if surrogate is None else surrogate.module
+    made = _attacks(options, model.num_classes, crafted_on)
+    named = replace(model, class_names=tuple(class_names) if class_names else None)
+    target = None if options.target is None else label_of(options.target, named, "target")
+    return Plan(made, target, device, crafted_on)
+
+
+def _attacks(options: Options, classes: int | None, surrogate: nn.Module | None) -> tuple[attacks.AnyAttack, ...]:
     told = {option: getattr(options, option) for option in attacks.OPTIONS}
+    targeted = options.target is not None
+    made = []
     for name in options.attacks:
         try:
-            made.append(
-                attacks.make(
-                    name,
-                    options.norm,
-                    options.target is not None,
-                    model.num_classes,
-                    None if surrogate is None else surrogate.module,
-                    **told,
-                )
-            )
+            made.append(attacks.make(name, options.norm, targeted, classes, surrogate, **told))
         except KeyError:
             raise unknown("attack", name, attacks.names()) from None
         except ValueError as error:
             raise InputError(str(error)) from None
     _check_taken(options)
-    named = replace(model, class_names=tuple(class_names) if class_names else None)
-    target = None if options.target is None else label_of(options.target, named, "target")
-    return Plan(tuple(made), target, device, None if surrogate is None else surrogate.module)
+    return tuple(made)
 
 
 def _check_taken(options: Options) -> None:

@@ -182,6 +182,8 @@ def test_the_docs_say_which_attack_takes_which_option():
     [
         ("--model resnet5", "did you mean resnet50"),
         (f"{COMMON} --attack pdg", "did you mean pgd"),
+        ("--model resnet5 --attack pdg", "did you mean pgd"),  # before the model is loaded
+        ("--attack foolbox:VirtualAdversarialAttack --norm l2", "needs steps: foolbox has no default"),
         (f"{COMMON} --norm l_inf", "did you mean linf"),
         ("--eps 8", "did you mean 8/255"),
         ("--eps=-8/255", "must be a positive number"),
