@@ -105,7 +105,8 @@ def test_foolbox_leaves_the_global_generators_alone():
     ("name", "norm", "message"),
     [
         ("foolbox:L2DeepFoolAttack", "linf", "measures its perturbations in l2"),
-        ("foolbox:VirtualAdversarialAttack", "l2", "cannot be used"),
+        ("foolbox:VirtualAdversarialAttack", "l2", "needs steps"),
+        ("foolbox:PointwiseAttack", "l0", "cannot be used"),
     ],
 )
 def test_foolbox_attack_that_does_not_fit_is_refused(name, norm, message):
