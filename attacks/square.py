@@ -144,7 +144,8 @@ class Square(Attack):
         """The next point in linf, (B, C, H, W)."""
         windows, query = self._windows(state.x), state.best.clone()
         small = windows.sides[windows.phase(state.proposed)] <= SMALL
-        for rows, ahead in ((small, AHEAD if state.x.shape[1] == 1 else 1), (~small, 1)):
+        ahead_of_small = AHEAD if state.x.shape[1] == 1 else 1  # in colour hardly a window keeps all its signs
+        for rows, ahead in ((small, ahead_of_small), (~small, 1)):
             slots = rows.nonzero().squeeze(1)
             if len(slots):
                 self._paint_(query, state, slots, ahead)
