@@ -67,16 +67,12 @@ def _level(weight: Tensor, full: Tensor, c: Tensor) -> Tensor:
     weight (B, 1, d), full (B, M, d), c (B, M), none of them negative. The sum is concave in t, so Newton's method
     from t = 0 never overshoots, and each pass divides gap times slope by four at least: on images it takes one to five.
     """
-
-    def weighed(values: Tensor) -> Tensor:
-        return torch.bmm(values, weight.mT).squeeze(2)
-
     t, gap, part = torch.zeros_like(c), c, torch.empty_like(full)
     while True:
-        slope = weighed(torch.gt(full, t[:, :, None], out=part))
+        slope = torch.gt(full, t[:, :, None], out=part).mul_(weight).sum(2)
         further = t + gap / slope
         short = (gap > 1e-6 * c) & (further > t)  # the latter is never true of NaN, so the loop ends
         if not bool(short.any()):
             return t[:, :, None]
         t = torch.where(short, further, t)
-        gap = c - weighed(torch.clamp(full, max=t[:, :, None], out=part))
+        gap = c - torch.clamp(full, max=t[:, :, None], out=part).mul_(weight).sum(2)

@@ -32,8 +32,9 @@ class SquareState(State):
 class Square(Attack):
     """Changes a random window of the best point so far, and keeps the change if it raises the margin.
 
-    linf: the window becomes x + eps or x - eps, each channel by its own sign. Where that is what it was, as in a
-        quarter of the small windows of one channel, nobody asks: what the model says is known.
+    linf: the window becomes x + eps or x - eps, each channel by its own sign. On images of one channel, a quarter of
+        the windows of at most SMALL pixels a side are that already; they are passed over without asking, for what the
+        model says is known (a model that is random is asked less often).
     l2, and l1 (arXiv 2103.01208): the window gets two opposite peaks on top of what it held, and a second window is
     emptied; what both held, and what the ball has left, is the size of the new perturbation in the first.
 
@@ -167,7 +168,7 @@ class Square(Attack):
             state.proposed[slots] += first
             chosen = torch.arange(len(slots), device=slots.device) * ahead + first
             places, new = (each.flatten(0, 1).index_select(0, chosen) for each in (places, new))
-        query.put_(places, new)
+        query.view(-1).scatter_(0, places.view(-1), new.view(-1))
 
     def _rearrange(self, state: SquareState) -> Tensor:
         """The next point in l2 and l1, (B, C, H, W)."""

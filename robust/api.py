@@ -118,6 +118,8 @@ def run(
     Raises InputError, whose message is one line, for anything wrong with the arguments; so for an option that none
     of the attacks takes.
     """
+    if not isinstance(model, nn.Module | Model | str):
+        raise InputError(f"model must be an nn.Module or a spec, not a {type(model).__name__}; wrap it in a module")
     options = Options(
         attacks=default_attacks(norm) if attacks is None else parse_names(_listed(attacks)),
         norm=norm,
@@ -139,8 +141,6 @@ def run(
     )
     if resume and output is None:
         raise InputError("resume needs the output of the run to continue")
-    if not isinstance(model, nn.Module | Model | str):
-        raise InputError(f"model must be an nn.Module or a spec, not a {type(model).__name__}; wrap it in a module")
     if class_names is not None and not isinstance(model, nn.Module):
         raise InputError("class_names go with a module; a model by its spec has names of its own")
     check(options)

@@ -614,7 +614,8 @@ def _keep_freed_memory() -> None:
     """Have the C library keep what layers free, rather than give it back and fetch it anew page by page.
 
     glibc gives blocks back that are larger than the largest freed so far, up to 32 MiB (M_MMAP_THRESHOLD in
-    mallopt(3)). This one is never written to, and so costs nothing.
+    mallopt(3)). This one is not written to, and so costs nothing, unless torch fills new memory to be deterministic.
+    It holds for the rest of the process, as if the process had freed such a block itself.
     """
     torch.empty(2**25 - 2**14, dtype=torch.uint8)
 

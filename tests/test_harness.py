@@ -249,6 +249,18 @@ def test_a_model_that_is_no_classifier_is_refused(data, make, message):
 
 
 @pytest.mark.parametrize(
+    ("unloaded", "attack", "message"),
+    [
+        (3, "fgsm", "must be an nn.Module or a spec, not a int"),
+        ("resnet5", "pdg", "unknown attack 'pdg'; did you mean pgd"),
+    ],
+)
+def test_what_is_wrong_whatever_the_model_is_is_said_before_it_is_loaded(data, unloaded, attack, message):
+    with pytest.raises(InputError, match=message):
+        robust.run(unloaded, data, attacks=[attack], eps=[0.1])
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"attacks": ["pdg"]}, "unknown attack 'pdg'; did you mean pgd"),

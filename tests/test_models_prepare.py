@@ -361,6 +361,43 @@ def test_a_frozen_linear_layer_that_flattens_reads_images_however_they_lie(shape
         torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-5)
 
 
+class Rows(nn.Flatten):
+    """Which may do anything."""
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        [nn.Flatten(2), nn.Flatten()], [Rows()], [softmax := nn.Softmax(1), nn.Flatten(), softmax],
+    ],
+)  # fmt: skip
+def test_only_a_linear_layer_right_behind_a_plain_flatten_reads_images(middle):
+    x, front = images(16), [nn.Conv2d(3, 8, 3, stride=2), nn.ReLU()]
+    net = nn.Sequential(*front, *middle, nn.Linear(392, 200)).eval()
+    twin, description = fast_twin(net, x)
+    assert set(description.split(", ")) == {"input gradients by blocks", "linear layers by oneDNN", "channels_last"}
+    assert twin[-1].flattens == (type(middle[-1]) is nn.Flatten)
+    torch.testing.assert_close(twin(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_code_may_read_the_weights_of_a_layer_that_the_twin_replaced():
+    class Tied(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            flatten, linear = self
+            return linear(flatten(x).to(linear.weight.dtype)) @ linear.weight.mT.mT + linear.bias.sum()
+
+    tied = Tied(nn.Flatten(), nn.Linear(300, 300)).eval()
+    twin, description = fast_twin(tied, images(10))
+    assert description == "linear layers by oneDNN"
+    torch.testing.assert_close(twin(images(10)), tied(images(10)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_thin_convolution_of_nothing_has_a_gradient_of_nothing():
+    x = torch.rand(0, 3, 8, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(ThinConv2d(nn.Conv2d(3, 5, 3, stride=2))(x).sum(), x)
+    assert gradient.shape == x.shape
+
+
 class Flattened(nn.Sequential):
     """An nn.Flatten whose output is no longer read by the linear layer behind it alone."""
 
@@ -376,8 +413,9 @@ def test_the_twin_reads_images_in_the_order_of_memory(monkeypatch):
     other = Flattened(*copy.deepcopy(net)).eval()
     product = FrozenLinear.forward
     monkeypatch.setattr(FrozenLinear, "forward", lambda self, x: made.append(x.shape) or product(self, x))
-    fast_twin(net, x)
+    twin, _ = fast_twin(net, x)
     assert made and all(len(shape) == 4 for shape in made)
+    assert list(twin[3].in_order) == [(8, 7, 7)]
     made.clear()
     fast_twin(other, x)
     assert made and all(len(shape) == 2 for shape in made)

@@ -353,6 +353,15 @@ def test_it_asks_as_often_as_it_may_and_for_no_gradient(queries):
             assert (o.forwards, o.gradients, o.found) == ((queries,), (0,), False)
 
 
+@LINF_L2_L1
+def test_it_runs_where_torch_is_to_be_deterministic(norm):
+    torch.use_deterministic_algorithms(True)
+    try:
+        run(Right(), Square(norm=norm, queries=5), images(3), torch.zeros(3, dtype=torch.long), [0.1])
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_it_is_autoattacks_own_unless_told_otherwise():
     assert (Square(norm="l2").queries, Square(norm="l2").p, Square(norm="l2").restarts) == (5000, 0.8, 1)
 

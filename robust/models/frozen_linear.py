@@ -22,10 +22,15 @@ class FrozenLinear(nn.Module):
         read in that order, with weights put in the same order, for else it would have to be copied.
     """
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, linear: nn.Linear, flattens: bool = False):
         super().__init__()
         self.flattens = flattens
         self.packed = _Packed.of(linear.weight.detach(), linear.bias)
+        self.register_buffer("weight", self.packed.weight)  # which code around it may read
+        self.register_buffer("bias", self.packed.bias)
         self.in_order: dict[torch.Size, _Packed] = {}  # shape of an image (C, H, W) ->
 
     @staticmethod

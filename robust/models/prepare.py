@@ -65,9 +65,9 @@ def _frozen_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
 def _folded_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
     twin, description = _frozen_copy(module, x)
     done = []
-    if not _has_hooks(module) and _fold_batch_norms(twin, x[:2]):
-        done.append("batch-norm folded")
     if not _has_hooks(module):
+        if _fold_batch_norms(twin, x[:2]):
+            done.append("batch-norm folded")
         for part in list(twin.modules()):
             if type(part) is nn.Sequential and _take_flattening(part):
                 done.append("linear layers by oneDNN")
@@ -169,15 +169,15 @@ def _fold_batch_norms(module: nn.Module, x: Tensor) -> int:
     return folded
 
 
-def _take_flattening(layers: nn.Sequential) -> int:
-    """Let, in place, linear layers flatten what an nn.Flatten before them would have; how many now do."""
-    taken = 0
-    for (before, flatten), (name, linear) in pairwise(list(layers.named_children())):
+def _take_flattening(layers: nn.Sequential) -> bool:
+    """Let, in place, linear layers flatten what an nn.Flatten before them would have; whether any does."""
+    taken = False
+    for (at, flatten), (name, linear) in pairwise(list(layers._modules.items())):  # named_children() skips repeats
         whole = type(flatten) is nn.Flatten and (flatten.start_dim, flatten.end_dim) == (1, -1)
         if whole and FrozenLinear.suits(linear):
-            layers.set_submodule(before, nn.Identity())
+            layers.set_submodule(at, nn.Identity())
             layers.set_submodule(name, FrozenLinear(linear, flattens=True))
-            taken += 1
+            taken = True
     return taken
 
 

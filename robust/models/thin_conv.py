@@ -26,7 +26,7 @@ class ThinConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
-        self.stride, self.padding = conv.stride, conv.padding
+        self.channels, self.stride, self.padding = conv.in_channels, conv.stride, conv.padding
         self.register_buffer("weight", conv.weight.detach())
         self.register_buffer("bias", None if conv.bias is None else conv.bias.detach())
         stride, padding = conv.stride[0], (int(conv.padding[0]), int(conv.padding[1]))
@@ -75,8 +75,8 @@ class ThinConv2d(nn.Module):
             blocks = F.conv2d(g, self.blocks, stride=step)
         # From (N, b b C, h, w), whose memory has the channels last, to pixels; F.pixel_shuffle takes far longer.
         n, _, h, w = blocks.shape
-        apart = blocks.permute(0, 2, 3, 1).reshape(n, h, w, self.block, self.block, -1)
-        pixels = apart.transpose(2, 3).reshape(n, h * self.block, w * self.block, -1)
+        apart = blocks.permute(0, 2, 3, 1).reshape(n, h, w, self.block, self.block, self.channels)
+        pixels = apart.transpose(2, 3).reshape(n, h * self.block, w * self.block, self.channels)
         (top, left), (height, width) = self.outside, size
         return pixels.permute(0, 3, 1, 2)[:, :, top : top + height, left : left + width]
 
