@@ -355,9 +355,14 @@ def test_it_asks_as_often_as_it_may_and_for_no_gradient(queries):
 
 @LINF_L2_L1
 def test_it_runs_where_torch_is_to_be_deterministic(norm):
+    def points() -> list[Tensor]:
+        outcomes = run(Right(), Square(norm=norm, queries=5), images(3), torch.zeros(3, dtype=torch.long), [0.1])
+        return [o.x_adv for o in outcomes]
+
+    usual = points()
     torch.use_deterministic_algorithms(True)
     try:
-        run(Right(), Square(norm=norm, queries=5), images(3), torch.zeros(3, dtype=torch.long), [0.1])
+        assert all(torch.equal(one, other) for one, other in zip(points(), usual, strict=True))
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robust.conv.frozen import scale_and_shift
+from robust.conv.frozen import fold
 from robust.models.frozen_linear import FrozenLinear
 from robust.models.probe import describe
 from robust.models.thin_conv import ThinConv2d
@@ -157,12 +157,8 @@ def _fold_batch_norms(module: nn.Module, x: Tensor) -> int:
         conv = made_by.get(node)
         if conv is None or norm.running_mean is None or (readers[node], calls[conv], calls[norm]) != (1, 1, 1):
             continue
-        # In float64, so that folding costs no accuracy; new parameters, as layers may share theirs.
-        scale, shift = scale_and_shift(norm)
-        weight, bias = conv.weight.double() * scale.view(-1, 1, 1, 1), shift
-        if conv.bias is not None:
-            bias = bias + conv.bias.double() * scale
-        conv.weight, conv.bias = (nn.Parameter(values.to(conv.weight), False) for values in (weight, bias))
+        # New parameters, as layers may share theirs.
+        conv.weight, conv.bias = (nn.Parameter(value, False) for value in fold(conv.weight, conv.bias, norm))
         # What remains of timm's BatchNormAct2d are its activation and dropout; of BatchNorm2d, nothing.
         module.set_submodule(name, nn.Sequential(*norm.children()))
         folded += 1
