@@ -1,19 +1,15 @@
 """APGD and AutoAttack: the step's schedule, the closed form, the stages of the ensemble."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
 
 import attacks
-import toys
 from attacks import apgd_l1, autoattack, engine
 from attacks.attack import MinimalState, Outcome
 from attacks.fgsm import FGSM
 from attacks.losses import difference, dlr, margin, targeted_dlr
-from attacks.noise import Noise
-from attacks.norms import NORMS, project_l1_box
+from attacks.norms import NORMS
 from attacks.pgd import PGD
 from attacks.uniform import UniformNoise
 from toys import Linear, begin, conv_net, images, queries, tasks
@@ -151,50 +147,6 @@ def test_a_loss_that_keeps_rising_keeps_its_step():
         state.asked += 1
         state = attack.step(state, torch.tensor([[-0.1 * k, 0.0]]), torch.ones_like(x))
     assert float(state.size) == pytest.approx(0.2)
-
-
-@pytest.fixture
-def float64(monkeypatch):
-    rows = Noise._rows
-    monkeypatch.setattr(Noise, "_rows", lambda *args: rows(*args).double())
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.parametrize(("norm", "eps", "steps"), [("linf", 0.01, 100), ("l2", 0.1, 100), ("l1", 6.0, 200)])
-@pytest.mark.parametrize("name", NAMES)
-def test_every_iterate_is_pyautoattacks(monkeypatch, float64, name, norm, eps, steps):
-    # From the same start. In l1 of 200 steps, for it then looks at its step after every second or third of them; with
-    # our projection, as theirs is in float32; and on neither side does what rounding leaves of a change count as one.
-    theirs = pytest.importorskip("pyautoattack.autopgd_base")
-    model, x = conv_net().double().requires_grad_(False), images(10).double()
-    y, target = model(x).topk(2).indices.T.contiguous()
-    monkeypatch.setattr(toys, "begin", partial(begin, target=target))
-    changed = lambda delta: (delta.abs() > 1e-9).flatten(1).sum(1)  # noqa: E731
-    monkeypatch.setattr(type(NORMS["l0"]), "distance", staticmethod(changed))
-    asked = queries(attacks.make(name, norm, steps=steps), model, x, y, eps)
-
-    other = []
-    watched = lambda point: (other.append(point.detach().clone()), model(point))[1]  # noqa: E731
-    kind, loss = {
-        "apgd-ce": (theirs.APGDAttack, {"loss": "ce"}),
-        "apgd-dlr": (theirs.APGDAttack, {"loss": "dlr"}),
-        "apgd-t": (theirs.APGDAttack_targeted, {}),
-    }[name]
-    attack = kind(watched, n_iter=steps, norm={"linf": "Linf", "l2": "L2", "l1": "L1"}[norm], eps=eps, **loss)
-    attack.init_hyperparam(x)
-    attack.y_target = target
-    if norm == "l1":
-        nearest = lambda x, delta, eps: project_l1_box(x, delta, torch.full((len(x),), eps)) - delta  # noqa: E731
-        monkeypatch.setattr(theirs, "L1_projection", nearest)
-        monkeypatch.setattr(theirs, "L0_norm", changed)
-        start = toys.noise(len(x), tuple(x.shape[1:])).normal()
-        monkeypatch.setattr(torch, "randn_like", lambda _: start)
-        attack.decr_eps_pgd(x, y, [3 * eps, 2 * eps, eps], [60, 60, 80])
-    else:
-        attack.attack_single_run(x, y, x_init=asked[0])
-    torch.testing.assert_close(torch.stack(asked), torch.stack(other), atol=1e-8, rtol=0)
 
 
 def test_slots_at_different_steps_share_a_batch():

@@ -2,6 +2,7 @@
 
 import random
 
+import eagerpy
 import foolbox
 import numpy as np
 import pytest
@@ -45,17 +46,19 @@ def test_fgsm_equals_foolbox_image_for_image(norm, theirs):
     ],
 )
 @pytest.mark.parametrize("targeted", [False, True])
-def test_pgd_without_random_start_has_foolbox_iterates(norm, theirs, eps, targeted):
+@pytest.mark.parametrize("random_start", [False, True])
+def test_pgd_has_foolbox_iterates(monkeypatch, norm, theirs, eps, targeted, random_start):
     model, x = conv_net(), images(8)
     y = predictions(model, x)
     goal = (y + 1) % 5 if targeted else y
     criterion = foolbox.TargetedMisclassification(goal) if targeted else foolbox.Misclassification(goal)
     judge = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
-    pgd = attacks.make("pgd", norm, targeted, steps=12, step_size=0.15, random_start=False)
+    pgd = attacks.make("pgd", norm, targeted, steps=12, step_size=0.15, random_start=random_start)
     iterates = queries(pgd, model, x, goal, eps)
-    assert len(iterates) == 13
+    assert len(iterates) == 13 and torch.equal(iterates[0], x) != random_start
+    monkeypatch.setattr(theirs, "get_random_start", lambda *_: eagerpy.astensor(iterates[0]))
     for steps, ours in enumerate(iterates[1:], start=1):
-        reference = theirs(steps=steps, rel_stepsize=0.15, random_start=False)
+        reference = theirs(steps=steps, rel_stepsize=0.15, random_start=random_start)
         expected = reference.run(judge, x, criterion, epsilon=eps)
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
 
