@@ -87,7 +87,7 @@ def standard(norm: str, classes: int) -> Ensemble:
         3: ((APGDDLR(norm=norm),), "apgd-t gives way to apgd-dlr: its loss needs four classes"),
     }
     second, left_out = dlr.get(classes, ((APGDT(norm=norm, n_targets=5 if l1 else 9),), ""))
-    stages = (APGDCE(norm=norm, restarts=5 if l1 else 1), *second, FAB(norm=norm), Square(norm=norm))
+    stages = (APGDCE(norm=norm, restarts=5 if l1 else 1), *second, FAB(norm=norm, search=0), Square(norm=norm))
     return Ensemble(name="autoattack", norm=norm, stages=stages, left_out=(left_out,) if left_out else ())
 
 

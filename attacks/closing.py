@@ -130,7 +130,8 @@ def schedule(state: MinimalState, steps: int) -> tuple[Tensor, Tensor]:
     from 0, negative while there is none, (B,) each.
     """
     descent = steps - min(SEARCH, steps // 10)
-    fade = (1 + torch.cos(math.pi * ((state.asked - 1) / descent).clamp(max=1))) / 2
+    done = ((state.asked - 1).to(state.x.dtype) / descent).clamp(max=1)
+    fade = (1 + torch.cos(math.pi * done)) / 2
     return fade, torch.where(state.best_distance.isfinite(), state.asked - 1 - descent, -1)
 
 

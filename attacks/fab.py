@@ -12,11 +12,13 @@ from attacks.losses import difference, margin
 from attacks.noise import Noise
 from attacks.norms import per_slot
 
+SAVED = 0.01  # share of the distance that the search at the end tries to save at first
+
 
 @dataclass(kw_only=True)
 class FABState(MinimalState):
-    ahead: Tensor  # (B,) bool: whether the query is a step ahead; else it is where the next one starts
-    iteration: Tensor  # (B,) how many steps ahead have been asked about
+    ahead: Tensor  # (B,) bool: whether the query is a step ahead or of the search; else it is where the next one starts
+    iteration: Tensor  # (B,) how many steps ahead have been asked about, then those of the search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,19 +27,21 @@ class FAB(Attack):
 
     Each iteration projects both the point and the clean image onto the hyperplane where the two classes tie in
     linear approximation, overshoots a little, and goes to a mean of the two. From an adversarial point it then draws
-    back towards the clean image.
+    back towards the clean image. At the end it searches between the nearest adversarial and the image.
 
     steps: iterations, at least 1.
     n_targets: how many wrong classes it aims at in turn, likeliest first; all where there are fewer.
     alpha_max: the largest weight of the clean image's projection; 0 lets the point wander from its own projection.
     eta: overshoot; 1 stops on the hyperplane, where the sign is a matter of rounding.
     beta: how much of the perturbation stays when it draws back; 1 draws nothing back.
+    search: forwards at the end that try to save a hundredth of the distance, half of that, and so on: by so much the
+        iterations overshoot. The authors' code, and so AutoAttack, has no such search.
     restarts: all but the first begin at a random point eps / 2 away.
 
     A step ahead is judged by a forward alone, as nearly all end in an adversarial. The gradient is asked for at the
     point drawn back or, where it failed, at the same point once more.
 
-    Costs two forwards and one gradient an iteration, for each target and restart.
+    Costs two forwards and one gradient an iteration, and `search` forwards, for each target and restart.
     """
 
     name: ClassVar[str] = "fab-t"
@@ -50,6 +54,7 @@ class FAB(Attack):
     alpha_max: float = 0.1
     eta: float = 1.05
     beta: float = 0.9
+    search: int = 3
 
     @classmethod
     def cost(cls) -> str:
@@ -61,6 +66,8 @@ class FAB(Attack):
             raise ValueError(f"steps must be at least 1, not {self.steps}")
         if self.n_targets < 1:
             raise ValueError(f"n_targets must be at least 1, not {self.n_targets}")
+        if self.search < 0:
+            raise ValueError(f"search must be at least 0, not {self.search}")
 
     @property
     def targets(self) -> int:
@@ -68,11 +75,11 @@ class FAB(Attack):
 
     @property
     def queries(self) -> int:
-        return 2 * self.steps
+        return 2 * self.steps + self.search
 
     def last(self, state: State) -> Tensor:
         assert isinstance(state, FABState)
-        return state.iteration == self.steps
+        return state.iteration == self.steps + self.search
 
     def init(self, state: MinimalState, noise: Noise) -> FABState:
         again = torch.tensor(noise.restarts, device=state.x.device) % self.restarts > 0
@@ -92,13 +99,21 @@ class FAB(Attack):
     def step(self, state: FABState, logits: Tensor, grad: Tensor | None) -> FABState:
         x, here = state.x, state.query
         if grad is None:
+            state.ahead = state.iteration >= self.steps
             back = torch.lerp(x, here, self.beta)
             state.query = torch.where(per_slot(state.fooled, x), back, here)
+            if bool(state.ahead.any()):
+                state.query = torch.where(per_slot(state.ahead, x), self._nearer(state), state.query)
         else:
+            state.ahead = torch.ones_like(state.ahead)
             state.query = self._ahead(x, here, self.loss(logits, state), grad)
-            state.iteration = state.iteration + 1
-        state.ahead = torch.full_like(state.ahead, grad is not None)
+        state.iteration = state.iteration + state.ahead
         return state
+
+    def _nearer(self, state: FABState) -> Tensor:
+        """The next point of the search at the end."""
+        saved = SAVED * 0.5 ** (state.iteration - self.steps)
+        return torch.lerp(state.best, state.x, per_slot(saved.to(state.x.dtype), state.x))
 
     def _ahead(self, x: Tensor, here: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
         """The next point from `here`, where the loss and its gradient are known."""

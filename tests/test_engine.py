@@ -177,7 +177,7 @@ def test_slots_that_need_no_gradient_are_judged_by_forwards_alone():
     attack = attacks.make("fab-t", "linf", classes=5)
     outcomes = run(model, attack, x, y, [0.1], slots=1)
     assert model.gradients == sum(o.gradients[0] for o in outcomes) == 3 * 4 * 100
-    assert sum(model.calls) - len(x) == sum(o.forwards[0] for o in outcomes) == 3 * (1 + 4 * 200)
+    assert sum(model.calls) - len(x) == sum(o.forwards[0] for o in outcomes) == 3 * (1 + 4 * (200 + 3))
 
 
 def test_a_batch_that_stays_as_it_is_is_not_padded_for_long():

@@ -211,28 +211,36 @@ class Stands(nn.Module):
 
 @pytest.mark.parametrize(("classes", "targets"), [(2, 1), (5, 4), (12, 9)])
 def test_cost_of_a_sample_that_no_step_breaks_and_targets_are_the_other_classes_at_most(classes, targets):
-    for o in run(Stands(classes), FAB(norm="linf", steps=4), images(3), torch.zeros(3, dtype=int)):
+    for o in run(Stands(classes), FAB(norm="linf", steps=4, search=2), images(3), torch.zeros(3, dtype=int)):
         assert not o.found and o.rung is None
-        # One to choose the targets; for each of them where a step begins and where it ends.
-        assert o.forwards == (1 + targets * 8,)
+        # One to choose the targets; for each of them where a step begins and where it ends, and the search.
+        assert o.forwards == (1 + targets * (8 + 2),)
         assert o.gradients == (targets * 4,)
 
 
-def test_draws_back_from_what_fools_and_ends_with_a_step_ahead():
+def test_draws_back_from_what_fools_and_searches_at_the_end():
     model = Linear(27)
     x = 0.5 + 0.1 * (images(1, (3, 3, 3)) - 0.5)
     asked = []
     recorded = lambda q: (asked.append(q.detach().clone()), model(q))[1]  # noqa: E731
-    attack = FAB(norm="l2", steps=5, beta=0.7)
+    attack = FAB(norm="l2", steps=5, beta=0.7, search=3)
     (outcome,) = run(recorded, attack, x, predictions(model, x))
-    points = asked[1:]  # the first chose the target
+    assert len(asked) == 1 + attack.queries == 14 and outcome.forwards == (14,)
+    points = asked[1:11]  # the first chose the target
     # On a linear model every step ahead overshoots into the other class, and is drawn back from, save the last.
-    assert len(points) == attack.queries == 10 and outcome.forwards == (11,)
     torch.testing.assert_close(points[0], x)
     for ahead, back in zip(points[1::2], points[2::2], strict=False):
         assert predictions(model, ahead) != predictions(model, x)
         torch.testing.assert_close(back, x + 0.7 * (ahead - x))
     assert predictions(model, points[-1]) != predictions(model, x)
+    # Each forward of the search halves what it tries to save, from the nearest point so far.
+    fools = lambda point: bool(predictions(model, point) != predictions(model, x))  # noqa: E731
+    best = min((point for point in points if fools(point)), key=lambda point: float((point - x).norm()))
+    for point, saved in zip(asked[11:], (0.01, 0.005, 0.0025), strict=True):
+        torch.testing.assert_close(point, best + saved * (x - best))
+        best = point if fools(point) else best
+    assert best is not points[-1]
+    torch.testing.assert_close(outcome.x_adv[None], best)
 
 
 @pytest.mark.parametrize("norm", NORM_NAMES)
@@ -324,7 +332,7 @@ def test_targeted_reaches_the_given_class_only(norm):
 @pytest.mark.parametrize("norm", NORM_NAMES)
 def test_restarts_begin_half_of_eps_away_and_only_they(norm):
     model, x, eps = Stands(), torch.full((2, 3, 4, 4), 0.5), 0.2
-    run(model, FAB(norm=norm, steps=1, restarts=3), x, torch.zeros(2, dtype=int), eps)
+    run(model, FAB(norm=norm, steps=1, restarts=3, search=0), x, torch.zeros(2, dtype=int), eps)
     first, second, third = model.asked[1::2]  # each followed by its step; what chose the target comes before all
     torch.testing.assert_close(first, x)
     for start in (second, third):
@@ -351,7 +359,7 @@ def test_a_gradient_of_zero_neither_fails_nor_leaves_the_box():
             assert not o.found and bool(o.x_adv.isfinite().all())
 
 
-@pytest.mark.parametrize("option", ["steps", "n_targets", "restarts"])
-def test_impossible_options_are_refused(option):
-    with pytest.raises(ValueError, match=f"{option} must be at least 1, not 0"):
-        FAB(norm="linf", **{option: 0})
+@pytest.mark.parametrize(("option", "least"), [("steps", 1), ("n_targets", 1), ("restarts", 1), ("search", 0)])
+def test_impossible_options_are_refused(option, least):
+    with pytest.raises(ValueError, match=f"{option} must be at least {least}, not {least - 1}"):
+        FAB(norm="linf", **{option: least - 1})

@@ -15,7 +15,8 @@ from attacks.fmn import vertex
 from attacks.norms import NORMS
 from toys import conv_net, images, tasks
 
-ATTACKS = [("fmn", "linf"), ("fmn", "l2"), ("fmn", "l1"), ("fmn", "l0"), ("ddn", "l2")]
+CLOSING = [("fmn", "linf"), ("fmn", "l2"), ("fmn", "l1"), ("fmn", "l0"), ("ddn", "l2")]
+ATTACKS = [*CLOSING, ("fab-t", "linf"), ("fab-t", "l2"), ("fab-t", "l1")]
 FAR = [(name, norm) for name, norm in ATTACKS if norm != "l0"]
 
 
@@ -102,9 +103,11 @@ def test_linear_networks_of_every_shape_break_at_the_closed_form(name, norm, see
     assert_optimal(linear(x, classes, seed), name, norm, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("name", "norm"), FAR)
-def test_boundaries_very_near_are_found_there(name, norm):
-    """At most a thousandth away in l2."""
+def test_boundaries_very_near_are_found_there(name, norm, dtype):
+    """At most a thousandth away in l2; where rounding does not decide, a millionth."""
+    farthest = 1e-3 if dtype == torch.float32 else 1e-6
     x = images(1, (3, 8, 8), 5).repeat(24, 1, 1, 1)
     model = linear(x, 2, seed=3)
     x = (0.25 + x / 2).double()
@@ -112,14 +115,14 @@ def test_boundaries_very_near_are_found_there(name, norm):
     for _ in range(2):  # onto the boundary, once more for rounding
         z = x.flatten(1) @ difference + (model[1].bias[1] - model[1].bias[0]).double()
         x = x - (z / difference.square().sum())[:, None].mul(difference).view_as(x)
-    away = torch.linspace(-1e-3, 1e-3, 24, dtype=torch.float64)[:, None] * difference / difference.norm()
-    x = (x + away.view_as(x)).float()
+    away = torch.linspace(-farthest, farthest, 24, dtype=torch.float64)[:, None] * difference / difference.norm()
+    model, x = model.to(dtype), (x + away.view_as(x)).to(dtype)
     y = model(x).argmax(1)
     best = least(model, norm, x, y)
-    assert float(best.max()) < 2e-2 and y.unique().tolist() == [0, 1]
+    assert float(best.max()) < 20 * farthest and y.unique().tolist() == [0, 1]
     ratio = distances(model, name, norm, x, y) / best
     # Logits are of size 1 in float32: within 1e-5 of the boundary rounding decides.
-    assert float(ratio.min()) > 0.95 and float(ratio.max()) < 1.01
+    assert float(ratio.min()) > (0.95 if dtype == torch.float32 else 1 - 1e-6) and float(ratio.max()) < 1.01
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -141,7 +144,7 @@ def test_a_nearer_class_is_preferred_to_a_likelier():
         assert distances(nn.Sequential(nn.Flatten(), layer), name, norm, x, y).item() == pytest.approx(0.1, rel=1e-2)
 
 
-@pytest.mark.parametrize(("name", "norm"), FAR)
+@pytest.mark.parametrize(("name", "norm"), [each for each in CLOSING if each[1] != "l0"])
 def test_curved_networks_break_as_near_as_to_fab(name, norm):
     """FAB spends nine times as many evaluations, one run for each class."""
     model, x = conv_net(), images(40, seed=2)
@@ -190,7 +193,7 @@ def test_company_changes_nothing(name, norm):
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "norm"), ATTACKS)
+@pytest.mark.parametrize(("name", "norm"), CLOSING)
 @pytest.mark.parametrize("targeted", [False, True])
 @pytest.mark.parametrize("steps", [1, 2, 15])
 def test_few_steps_cost_what_they_say(name, norm, steps, targeted):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import attacks
 import toys
 from attacks import engine, square
+from attacks.fab import FAB
 from attacks.noise import Noise
 from attacks.norms import NORMS, project_l1_box
 from toys import begin, conv_net, images, queries, tasks
@@ -97,7 +98,7 @@ def test_fab(norm):
     model, x = network(), images(10).double()
     y = model(x).argmax(1)
     model.asked.clear()
-    attack = attacks.make("fab-t", norm, steps=steps)
+    attack = FAB(norm=norm, steps=steps, search=0)
     found = list(engine.run(model, attack, tasks(x, y), [eps], slots=len(x), seed=0))
     assert all(outcome.found for outcome in found)
     own = model.asked[1:]  # after what ranked the classes
