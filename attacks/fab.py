@@ -35,7 +35,8 @@ class FAB(Attack):
     eta: overshoot; 1 stops on the hyperplane, where the sign is a matter of rounding.
     beta: how much of the perturbation stays when it draws back; 1 draws nothing back.
     search: forwards at the end that try to save a hundredth of the distance, half of that, and so on: by so much the
-        iterations overshoot. The authors' code, and so AutoAttack, has no such search.
+        iterations overshoot. AutoAttack has no such search; the paper's follows a secant, which on a linear network may
+        stop short of the boundary for ever, by rounding.
     restarts: all but the first begin at a random point eps / 2 away.
 
     A step ahead is judged by a forward alone, as nearly all end in an adversarial. The gradient is asked for at the
