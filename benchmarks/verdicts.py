@@ -19,8 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
-from images import load_images
-
 # Run as a script, this file's neighbours would stand before the packages of the same names.
 sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
 
@@ -30,6 +28,7 @@ from torch import Tensor, nn
 
 import attacks
 from attacks.noise import sample_key
+from benchmarks.images import load_images
 
 BATCH = 250
 PARTS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square")
