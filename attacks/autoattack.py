@@ -53,7 +53,7 @@ class Ensemble:
                     outcome = replace(outcome, found=False, rung=None, restart=None, x_adv=task.x)
                 outcome = _merged(done.get(outcome.position), outcome)
                 done[outcome.position] = outcome
-                if outcome.rung == 0:
+                if outcome.rung is not None and outcome.rung <= task.first:  # nobody asks about smaller eps
                     del standing[outcome.position]
                     yield done.pop(outcome.position)
                 elif outcome.rung is not None:

@@ -106,8 +106,10 @@ class FoolboxAttack:
             counted.forwards = counted.gradients = 0
             found, clipped, success = attack(judge, x[rows], criterion(y[rows]), epsilons=None if minimal else eps[k])
             x_adv[rows] = (found if minimal else clipped).detach()
-            forwards[standing, 0 if minimal else k] = _share(counted.forwards, len(rows))
-            gradients[standing, 0 if minimal else k] = _share(counted.gradients, len(rows))
+            # As an array, for numpy takes a tensor of one number for that number.
+            at = standing.numpy(), 0 if minimal else k
+            forwards[at] = _share(counted.forwards, len(rows))
+            gradients[at] = _share(counted.gradients, len(rows))
             if minimal:
                 distance = NORMS[self.norm].distance(x_adv - x).cpu()
                 first = torch.searchsorted(torch.tensor(eps), distance - 1e-6)

@@ -1,5 +1,7 @@
 """APGD and AutoAttack: the step's schedule, the closed form, the stages of the ensemble."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -346,3 +348,15 @@ def test_transfer_judges_the_last_point_of_a_run_on_the_surrogate():
     eps = [0.01, 0.05]
     broken = [sum(o.found for o in run(model, attack, x, y, eps)) for attack in (other, transfer, mifgsm)]
     assert broken[0] < broken[1] <= broken[2] + 1
+
+
+def test_an_ensemble_is_done_with_a_sample_that_breaks_at_the_rung_it_began_on():
+    """The harness begins there what a random model refuted at the smaller eps; nobody asks about those again."""
+    always = lambda x: torch.tensor([0.0, 1.0]) + 0 * x.flatten(1).sum(1, keepdim=True)  # noqa: E731
+    stages = (FGSM(norm="linf"), UniformNoise(norm="linf"))
+    ensemble = autoattack.Ensemble(name="both", norm="linf", stages=stages)
+    first, second = tasks(images(2), torch.zeros(2, dtype=int))
+    begun = [replace(first, first=1), replace(second, first=2)]
+    outcomes = sorted(ensemble.run(always, begun, [0.1, 0.2, 0.3], slots=4, seed=0), key=lambda o: o.position)
+    assert [(o.rung, o.component) for o in outcomes] == [(1, "fgsm"), (2, "fgsm")]
+    assert [o.forwards for o in outcomes] == [(0, 1, 0), (0, 0, 1)]

@@ -89,6 +89,15 @@ def test_foolbox_fixed_eps_attack_is_tried_only_on_what_stands():
     assert {o.rung for o in outcomes} > {None} or len({o.rung for o in outcomes}) > 1
 
 
+@pytest.mark.parametrize("name", ["foolbox:LinfFastGradientAttack", "foolbox:LinfDeepFoolAttack"])
+def test_foolbox_attacks_a_single_image(name):
+    model, x = conv_net(), images(1)
+    y = predictions(model, x)
+    rows = Counter(model)
+    (outcome,) = run(rows, attacks.make(name, "linf"), x, y, [1e-5, 0.3], slots=10)
+    assert outcome.rung == 1 and sum(outcome.forwards) == rows.forwards > 0
+
+
 def test_foolbox_leaves_the_global_generators_alone():
     model, x = conv_net(), images(4)
     attack = attacks.make("foolbox:LinfRepeatedAdditiveUniformNoiseAttack", "linf")
