@@ -1,13 +1,15 @@
 """`robust.run`: a whole evaluation from Python; and `execute`, which the command line shares with it."""
 
+import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -24,9 +26,9 @@ from robust.harness import Listener, check, evaluate, pick_device, plan
 from robust.models import load_model
 from robust.models.model import Model, fingerprint
 from robust.models.prepare import frozen
-from robust.models.probe import count_classes
+from robust.models.probe import check_parameters, count_classes
 from robust.models.scratch import from_scratch
-from robust.options import Options, default_attacks, parse_eps, parse_names
+from robust.options import Options, default_attacks, parse_eps, parse_names, parse_number
 from robust.store import FILENAME, Finding, Store, differences, holds_run
 
 
@@ -120,12 +122,14 @@ def run(
     """
     if not isinstance(model, nn.Module | Model | str):
         raise InputError(f"model must be an nn.Module or a spec, not a {type(model).__name__}; wrap it in a module")
+    if torch.is_inference_mode_enabled():
+        raise InputError("torch.inference_mode() is on, and attacks need gradients; call it outside")
     options = Options(
         attacks=default_attacks(norm) if attacks is None else parse_names(_listed(attacks)),
         norm=norm,
         eps=_radii(eps),
         steps=steps,
-        step_size=step_size,
+        step_size=None if step_size is None else _number("step_size", step_size),
         restarts=restarts,
         random_start=random_start,
         queries=queries,
@@ -137,8 +141,10 @@ def run(
         seed=seed,
         device=device or ("auto" if isinstance(model, str) else _device_of(model)),
         conv=conv,
-        save_adversarials=save_adversarials,
+        save_adversarials=bool(save_adversarials),
     )
+    if not isinstance(output, str | Path | None):
+        raise InputError(f"output must be a folder's path, not {output!r}")
     if resume and output is None:
         raise InputError("resume needs the output of the run to continue")
     if class_names is not None and not isinstance(model, nn.Module):
@@ -210,14 +216,16 @@ def execute(
         "attacks": [_describe(attack) for attack in planned.attacks],
         "started": _now(),
     }
+    resumed = resume and output is not None and holds_run(output / FILENAME)
     store = _open_store(output, resume, identity, details)
     try:
         evaluate(model, data, options, planned, store, listener)
     except InputError as error:
         begun = store.seconds()
-        store.discard_if_empty()
+        if not resumed:  # else it may be another process's, which has just begun
+            store.discard_if_empty()
         if begun and output is not None and not resume:
-            raise InputError(f"{error}; what is done is kept: go on with --resume") from None
+            raise InputError(f"{error}; what is done is kept: go on with --output {output} --resume") from None
         raise
     store.set(finished=_now())
     return Run(store)
@@ -235,12 +243,16 @@ def _open_store(output: Path | None, resume: bool, identity: dict[str, Any], det
     path = None if output is None else output / FILENAME
     if resume and path is not None and holds_run(path):
         store = Store.open(path)
-        if differ := differences(store.identity, identity):
+        # The same options may be other parameters to another version of an attack.
+        parameters = [{"attacks": _parameters(each["attacks"])} for each in (store.details, details)]
+        if differ := differences(store.identity, identity) or differences(*parameters):
             raise InputError(
                 f"{output} holds another run: it differs in {'; '.join(differ)}; "
                 "repeat the options it was begun with, or name another --output"
             )
-        store.set(environment=details["environment"])
+        # What it takes to finish it, such as leaving bad images out, it takes to repeat it.
+        command = details["command"] or store.details.get("command")
+        store.set(environment=details["environment"], command=command)
         return store
     return Store.create(path, identity, details)
 
@@ -271,16 +283,20 @@ class _ReadOnce:
 def _wrap(module: nn.Module, first: Sample, class_names: Sequence[str] | None) -> Model:
     """A user's module as a Model; its first output says how many classes it has."""
     channels, height, width = first.x.shape
+    check_parameters(module)
     with frozen(module):
         num_classes = count_classes(module, (channels, height, width))
-    if class_names is not None and len(class_names) != num_classes:
-        raise InputError(f"class_names has {len(class_names)} names and the model {num_classes} classes")
+    names = None if class_names is None else tuple(class_names) if isinstance(class_names, Iterable) else (class_names,)
+    if names and not all(isinstance(name, str) for name in names):
+        raise InputError(f"class_names must be {num_classes} strings, in label order")
+    if names is not None and len(names) != num_classes:
+        raise InputError(f"class_names has {len(names)} names and the model {num_classes} classes")
     return Model(
         name=type(module).__name__,
         source="a module in memory",
         module=module,
         num_classes=num_classes,
-        class_names=tuple(class_names) if class_names else None,
+        class_names=None if names is None else tuple(map(str, names)),  # numpy's strings are no JSON
         fingerprint=fingerprint(module),
         was_training=any(part.training for part in module.modules()),
     )
@@ -306,7 +322,10 @@ def _check_reads(surrogate: nn.Module, name: str, first: Sample) -> None:
 
 
 def _listed(names: Sequence[str] | str) -> Sequence[str]:
-    return [names] if isinstance(names, str) else names
+    names = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    if unnamed := [name for name in names if not isinstance(name, str)]:
+        raise InputError(f"attacks are given by their names, such as 'pgd', not as {unnamed[0]!r}")
+    return names
 
 
 def _name_of(model: nn.Module | Model | str | None) -> str | None:
@@ -315,12 +334,24 @@ def _name_of(model: nn.Module | Model | str | None) -> str | None:
     return model.name if isinstance(model, Model) else type(model).__name__
 
 
-def _radii(eps: float | str | Sequence[float] | None) -> tuple[float, ...]:
+def _radii(eps: float | str | Sequence[float] | torch.Tensor | np.ndarray | None) -> tuple[float, ...]:
     if eps is None:
         return ()
     if isinstance(eps, str):
         return parse_eps(eps)
-    return tuple(map(float, eps)) if isinstance(eps, Iterable) else (float(eps),)
+    if isinstance(eps, torch.Tensor | np.ndarray):
+        eps = eps.tolist()
+    return tuple(_number("eps", value) for value in (eps if isinstance(eps, Iterable) else [eps]))
+
+
+def _number(name: str, value: Any) -> float:
+    """A number of any library, or text such as "8/255"."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return parse_number(value, name) if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{name} must be a number, not {value!r}") from None
 
 
 def _device_of(model: nn.Module | Model) -> str:
@@ -344,6 +375,12 @@ def _describe(attack: Any) -> dict[str, Any]:
     # `steps` becomes their number.
     described = re.sub("`(.+?)`", lambda named: str(parameters.get(named[1], named[1])), first_line)
     return {"name": name, "description": described, "source": attack.source, "parameters": parameters}
+
+
+def _parameters(described: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of each attack that `_describe` has described, an ensemble's parts included, by name."""
+    parts = [part for attack in described for part in (attack, *attack.get("components", ()))]
+    return {part["name"]: json.loads(json.dumps(part["parameters"])) for part in parts}
 
 
 def _now() -> str:

@@ -3,6 +3,7 @@
 0 done; 1 a gate or an attack failed; 2 the input or the options are wrong, said in one line on stderr; 130 interrupted.
 """
 
+import io
 import re
 import sqlite3
 import sys
@@ -36,19 +37,26 @@ def main(command: Callable[..., Any]) -> NoReturn:
     """Run a typer command function on sys.argv, and exit."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
     app.command()(command)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a dash that the encoding lacks is no reason to fail
+            stream.reconfigure(errors="replace")
     try:
         # Typer prints usage errors in a box of many lines; ours are one line, as all others.
         sys.exit(app(standalone_mode=False) or 0)
     except InputError as error:
         _fail(str(error))
     except (sqlite3.OperationalError, OSError) as error:
-        from robust.store import disk_is_full
+        from robust.store import BUSY, disk_is_full
 
         if "locked" in str(error):
-            _fail("another process is writing this run: wait for it, or name another --output")
-        if not disk_is_full(error):
+            _fail(BUSY)
+        if disk_is_full(error):
+            _fail(
+                "the disk is full: make room, then repeat it with --output and --resume; what is done is kept"
+            )
+        if not isinstance(error, OSError) and "readonly" not in str(error):
             raise
-        _fail("the disk is full: make room, then repeat the command with --resume; what is done is kept")
+        _fail(f"{error}; mend that, or name another --output, and repeat the command; what is done is kept")
     except Exception as error:
         usage = getattr(error, "format_message", None)
         if usage is None:

@@ -29,7 +29,7 @@ from robust.diagnostics import CONTROL, has_input_gradient, preflight, review
 from robust.errors import InputError, unknown
 from robust.models.model import Model
 from robust.models.prepare import fast_twin, frozen
-from robust.models.probe import count_classes
+from robust.models.probe import count_classes, describe
 from robust.options import Options
 from robust.store import Clean, Picture, Result, Store
 
@@ -39,6 +39,7 @@ TOLERANCE = 1e-6
 HALF_ULP = 2**-25
 
 PREFLIGHT_IMAGES = 8
+SAME = 1e-3  # how far logits may be from those that the run began with, relative to the largest; TF32 is off by as much
 PUSHES = (1.001, 1.01, 1.05)  # how far out the nearest point is tried again, each on top of the one before
 
 
@@ -115,7 +116,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {name!r} cannot be used ({reason}); try --device cpu") from None
@@ -149,9 +150,11 @@ def evaluate(
         samples = _attackable(data, plan.target, left_out)
         for start, window in _windows(samples, options.batch_size, plan.device):
             x = torch.stack([sample.x for sample in window]).to(plan.device)
-            if job is None:
-                job = _Job.prepare(model, x, options, plan, store)
+            first = job is None
+            job = job or _Job.prepare(model, x, options, plan, store)
             clean = job.clean_window(start, window, x)
+            if first:
+                job.recognise(x)
             end = start + len(window)
             for attack in plan.attacks:
                 if attack.name in failed:
@@ -210,8 +213,12 @@ class _Job:
         few = x[:PREFLIGHT_IMAGES]
         channels, height, width = few.shape[1:]
         count_classes(model.module, (channels, height, width))  # says what is wrong with a module that fails
-        findings = preflight(model, few, _logits(model.module, few, model.num_classes), options.draws)
-        if not has_input_gradient(model, few) and any(needs_gradient(attack) for attack in plan.attacks):
+        _seed(options.seed, 0, "preflight")
+        with _readable_failure(model):
+            logits = _logits(model.module, few, model.num_classes)
+            findings = list(preflight(model, few, logits, options.draws))
+            has_gradient = has_input_gradient(model, few)
+        if not has_gradient and any(needs_gradient(attack) for attack in plan.attacks):
             raise InputError(
                 "the model passes no gradient back to its input: take no_grad and detach out of its forward, "
                 "or use --attack noise"
@@ -219,6 +226,34 @@ class _Job:
         twin, description = fast_twin(model.module, few)
         store.set(twin=description, preflight=[asdict(finding) for finding in findings])
         return cls(model, twin, options, plan, store, pixels=x[0].numel())
+
+    def recognise(self, x: Tensor) -> None:
+        """Record what the networks say of the first two images or, in a run that is resumed, compare.
+
+        A fingerprint sees tensors and layers. It does not see what Python code does with them, nor its constants.
+        """
+        stored, said = self.store.details.get("said"), self._say(x[:2])
+        if stored is None:
+            self.store.set(said={name: logits.tolist() for name, logits in said.items()})
+            return
+        for name, logits in said.items():
+            before = torch.tensor(stored[name])
+            # A network that is random in a way that no seed governs never says the same.
+            if not _alike(logits, before) and _alike(logits, self._say(x[:2])[name]):
+                raise InputError(
+                    f"the {name} has changed since the run began: its weights are the same, but not what it says of "
+                    "the first images; start anew with another --output"
+                )
+
+    def _say(self, x: Tensor) -> dict[str, Tensor]:
+        """The logits of the model and of the surrogate, if there is one, a random one's with a seed of their own."""
+        networks = {"model": self.model.module, "surrogate": self.plan.surrogate}
+        said = {}
+        for name, module in networks.items():
+            if module is not None:
+                _seed(self.options.seed, 0, name)
+                said[name] = _logits(module, x, self.model.num_classes).cpu()
+        return said
 
     def clean_window(self, start: int, window: Sequence[Sample], x: Tensor) -> list[Clean]:
         """The verdicts on the unchanged images, from the store where it has them."""
@@ -241,7 +276,7 @@ class _Job:
                 raise InputError(
                     f"label {sample.y} of {sample.id} is none of the model's {self.model.num_classes} classes"
                 )
-        self._seed(start, "clean")
+        _seed(self.options.seed, start, "clean")
         pred, confidence = self._predict(x)
         rows = [
             Clean(start + k, sample.id, sample.sha256, sample.y, int(pred[k]), float(confidence[k]))
@@ -257,7 +292,7 @@ class _Job:
         if self.store.done(start, attack.name):
             listener(attack.name, len(clean), self.store.standing(start, len(clean), attack.name))
             return
-        self._seed(start, attack.name)
+        _seed(self.options.seed, start, attack.name)
         began = time.perf_counter()
         right = [row for row in clean if row.clean_pred == row.label]
         listener(attack.name, len(clean) - len(right), 0)
@@ -435,11 +470,6 @@ class _Job:
         parts = [_logits(module, padded(part, rows), self.model.num_classes)[: len(part)] for part in x.split(rows)]
         return torch.cat(parts)
 
-    def _seed(self, start: int, what: str) -> None:
-        """Give a random model the same draws in this unit, whatever came before it."""
-        digest = hashlib.sha256(f"{self.options.seed} {start} {what}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:8], "little"))
-
     def _results(self, row: Clean, attack: str, verified: _Verified | None) -> Iterator[Result]:
         for k, eps in enumerate(self.options.eps):
             reached = verified is not None and self._within(verified.distances[self.options.norm], eps)
@@ -543,6 +573,30 @@ def _logits(module: nn.Module, x: Tensor, num_classes: int) -> Tensor:
     if not bool(logits.isfinite().all()):
         raise InputError("the model's output holds NaN or infinity; check its weights and the normalisation inside it")
     return logits.float()
+
+
+def _alike(logits: Tensor, before: Tensor) -> bool:
+    return bool((logits - before).abs().max() <= SAME * before.abs().max())
+
+
+def _seed(seed: int, start: int, what: str) -> None:
+    """Give a random model the same draws in this unit, whatever came before it."""
+    digest = hashlib.sha256(f"{seed} {start} {what}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+@contextlib.contextmanager
+def _readable_failure(model: Model) -> Iterator[None]:
+    """InputError for whatever a user's module raises, when it is first asked about real images and gradients."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the model {model.name} fails on the first images: {describe(error)}; it must take one image and several, "
+            "with gradients and without"
+        ) from error
 
 
 def _attackable(data: Dataset, target: int | None, left_out: list[str]) -> Iterator[Sample]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import index
 from typing import Any
 
 from robust.errors import InputError, unknown
@@ -67,10 +68,14 @@ class Options:
     save_adversarials: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("steps", "restarts", "queries", "eot", "batch_size", "limit", "seed"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
         if self.norm not in NORMS:
-            raise unknown("norm", self.norm, NORMS)
+            raise unknown("norm", str(self.norm), NORMS)
+        if self.random_start not in (None, True, False):
+            raise InputError(f"random_start must be True or False, not {self.random_start!r}")
         if self.conv not in CONVS:
-            raise unknown("conv", self.conv, CONVS)
+            raise unknown("conv", str(self.conv), CONVS)
         if not self.attacks:
             raise InputError("no attack named; give --attack, such as --attack pgd")
         if repeated := sorted({name for name in self.attacks if self.attacks.count(name) > 1}):
@@ -148,6 +153,16 @@ def parse_number(text: str, what: str) -> float:
 def parse_names(values: Iterable[str]) -> tuple[str, ...]:
     """Repeated options, each of which may be a comma list, as one tuple of names."""
     return tuple(name.strip() for value in values for name in value.split(",") if name.strip())
+
+
+def _whole(name: str, value: Any) -> int | None:
+    """The number as an int, whatever library it comes from."""
+    if value is None and name not in ("restarts", "batch_size", "seed"):
+        return None
+    try:
+        return index(value)
+    except TypeError:
+        raise InputError(f"{name} must be a whole number, not {value!r}") from None
 
 
 def _check_eps(eps: float, norm: str) -> None:

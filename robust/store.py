@@ -27,6 +27,7 @@ from robust.options import Options
 from robust.statistics import summarize
 
 FILENAME = "run.sqlite"
+BUSY = "another process is writing this run: wait for it, or name another --output"
 
 _DEFAULTS = {option.name: option.default for option in fields(Options) if option.default is not MISSING}
 
@@ -375,10 +376,12 @@ class Store:
         try:
             yield
             self._db.execute("COMMIT")
-        except BaseException:
+        except BaseException as error:
             # A full disk may have rolled the transaction back already.
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.IntegrityError):  # these rows were not there when this process looked
+                raise InputError(BUSY) from None
             raise
 
     def _put(self, **values: Any) -> None:

@@ -264,11 +264,36 @@ def test_a_full_disk_keeps_what_is_done(project, capsys, monkeypatch):
         patch.setattr(Store, "add_unit", limited)
         code, _, err = run(f"{COMMON} --output out", capsys)
     assert code == 2
-    assert err == "error: the disk is full: make room, then repeat the command with --resume; what is done is kept\n"
+    assert err == (
+        "error: the disk is full: make room, then repeat it with --output and --resume; what is done is kept\n"
+    )
     code, _, _ = run(f"{COMMON} --output out --resume", capsys)
     assert code == 0
     run(f"{COMMON} --output whole", capsys)
     assert (project / "out" / "samples.csv").read_bytes() == (project / "whole" / "samples.csv").read_bytes()
+
+
+def test_what_stands_in_the_way_of_a_report_is_named(project, capsys):
+    (project / "out").mkdir()
+    (project / "out" / "figures").write_text("a file")
+    code, _, err = run(f"{COMMON} --output out", capsys)
+    assert code == 2 and "figures" in err and err.count("\n") == 1 and "what is done is kept" in err
+    (project / "out" / "figures").unlink()
+    assert run(f"{COMMON} --output out --resume", capsys)[0] == 0
+
+
+def test_the_command_to_repeat_has_what_it_took_to_finish(project, capsys):
+    run(f"{COMMON} --output out", capsys)
+    run(f"{COMMON} --skip-bad-images --output out --resume", capsys)
+    assert json.loads((project / "out" / "report.json").read_text())["command"].endswith("--steps 4 --skip-bad-images")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_knows_no_dash_is_no_failure(project, monkeypatch, encoding):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    process = start(f"{COMMON} --attack fgsm,noise --output out".replace(" --steps 4", ""), project)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "") and "Report: out/report.html" in out
 
 
 SLOW = "--model model.py:slow --data data.npz --eps 0.01,0.03 --steps 6 --batch-size 2 --attack pgd,noise"

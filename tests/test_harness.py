@@ -21,6 +21,7 @@ from attacks.pgd import PGD
 from robust import harness
 from robust.errors import InputError
 from robust.harness import TOLERANCE, round_to_8bit, within
+from robust.models.model import fingerprint
 from robust.store import SAMPLE_COLUMNS
 from toys import Linear, conv_net, images
 
@@ -276,6 +277,21 @@ def test_what_is_wrong_whatever_the_model_is_is_said_before_it_is_loaded(data, u
         ({"class_names": ["a", "b"]}, "class_names has 2 names and the model 5 classes"),
         ({"eps": 128, "norm": "l2"}, "did you mean 128/255"),
         ({"batch_size": 2**63}, "batch_size must be at most"),
+        ({"batch_size": 8.0}, r"batch_size must be a whole number, not 8\.0"),
+        ({"attacks": ["pgd"], "steps": "3"}, "steps must be a whole number, not '3'"),
+        ({"attacks": ["pgd"], "steps": 2.5}, r"steps must be a whole number, not 2\.5"),
+        ({"attacks": ["pgd"], "random_start": "no"}, "random_start must be True or False, not 'no'"),
+        ({"attacks": ["pgd"], "step_size": [0.1]}, r"step_size must be a number, not \[0\.1\]"),
+        ({"seed": None}, "seed must be a whole number, not None"),
+        ({"attacks": [PGD]}, "attacks are given by their names, such as 'pgd'"),
+        ({"attacks": PGD(norm="linf")}, "attacks are given by their names, such as 'pgd'"),
+        ({"norm": 2}, "unknown norm '2'; did you mean l2"),
+        ({"conv": 3}, "unknown conv '3'"),
+        ({"eps": [None]}, "eps must be a number, not None"),
+        ({"eps": True}, "eps must be a number, not True"),
+        ({"class_names": range(5)}, "class_names must be 5 strings, in label order"),
+        ({"device": "meta"}, "device 'meta' cannot be used"),
+        ({"output": 3}, "output must be a folder's path, not 3"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(model, data, changes, message):
@@ -294,6 +310,61 @@ def test_eps_and_attacks_as_people_write_them(model, data):
     for eps in ("8/255", np.float32(8 / 255), [8 / 255]):
         run = robust.run(model, data, attacks="noise", eps=eps)
         assert list(run.summary.eps) == pytest.approx([8 / 255] * 2)
+
+
+def test_numbers_of_every_library(model, data):
+    run = robust.run(
+        model, data, attacks="pgd", eps=np.array([0.01, 0.02]), steps=np.int64(2), seed=torch.tensor(3),
+        step_size="1/4", batch_size=np.int32(8), class_names=np.array(list("abcde")),
+    )  # fmt: skip
+    same = robust.run(model, data, attacks="pgd", eps=["0.01", "0.02"], steps=2, seed=3, step_size=0.25, batch_size=8)
+    assert run.samples.equals(same.samples)
+    options = robust.run(model, data, attacks="noise", eps=torch.tensor(0.5)).store.identity["options"]
+    assert options["eps"] == [0.5]
+
+
+class WithExtraState(nn.Module):
+    def __init__(self, extra: int):
+        super().__init__()
+        self.net, self.extra = conv_net(), extra
+
+    def get_extra_state(self):
+        return {"extra": self.extra}
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize("kind", ["extra state", "script", "export"])
+def test_modules_of_every_kind(kind, model, data):
+    make = {
+        "extra state": lambda: WithExtraState(3),
+        "script": lambda: torch.jit.script(conv_net()),
+        "export": lambda: torch.export.export(
+            conv_net(), (data[0],), dynamic_shapes=({0: torch.export.Dim("rows", min=1, max=64)},)
+        ).module(),
+    }
+    arguments = {"attacks": ["fgsm"], "eps": [0.02]}
+    run = robust.run(make[kind](), data, **arguments)
+    assert run.samples.success.equals(robust.run(model, data, **arguments).samples.success)
+
+
+def test_extra_state_is_part_of_the_fingerprint():
+    assert fingerprint(WithExtraState(3)) == fingerprint(WithExtraState(3)) != fingerprint(WithExtraState(4))
+
+
+def test_parameters_that_no_gradient_passes_are_refused(data):
+    with torch.inference_mode():
+        made_there = conv_net()
+    for module, message in (
+        (nn.Sequential(nn.Flatten(), nn.LazyLinear(5)), r"1\.weight is not initialised; call the model once"),
+        (made_there, r"0\.weight was made under torch\.inference_mode"),
+    ):
+        with pytest.raises(InputError, match=message):
+            robust.run(module, data, attacks=["fgsm"], eps=[0.02])
+    with torch.inference_mode(), pytest.raises(InputError, match="call it outside"):
+        robust.run(conv_net(), data, attacks=["fgsm"], eps=[0.02])
 
 
 def test_no_data_is_refused(model):
@@ -423,6 +494,87 @@ def test_a_run_resumes_only_on_what_it_began_with(model, data, tmp_path, changes
     with pytest.raises(InputError, match="already holds a run"):
         robust.run(**arguments)
     assert (tmp_path / "run" / "samples.csv").read_bytes() == before
+
+
+class Shifted(nn.Module):
+    """Normalises by a number that is neither parameter nor buffer."""
+
+    def __init__(self, mean: float):
+        super().__init__()
+        self.net, self.mean = conv_net(), mean
+
+    def forward(self, x):
+        return self.net(x - self.mean)
+
+
+def test_a_run_does_not_resume_on_other_code_with_the_same_weights(data, tmp_path):
+    arguments = {"data": data, "attacks": ["fgsm"], "eps": [0.02], "output": tmp_path / "run"}
+    first = robust.run(Shifted(0.0), **arguments)
+    with pytest.raises(InputError, match="the model has changed since the run began: its weights are the same"):
+        robust.run(Shifted(0.1), **arguments, resume=True)
+    assert robust.run(Shifted(0.0), **arguments, resume=True).samples.equals(first.samples)
+
+
+def test_a_run_does_not_resume_with_another_surrogate_of_the_same_weights(model, data, tmp_path):
+    arguments = {"data": data, "attacks": ["transfer"], "eps": [0.02], "output": tmp_path / "run"}
+    robust.run(model, surrogate=Shifted(0.0), **arguments)
+    with pytest.raises(InputError, match="the surrogate has changed"):
+        robust.run(model, surrogate=Shifted(0.1), **arguments, resume=True)
+
+
+@pytest.mark.parametrize("generator", ["torch", "numpy"])
+def test_a_random_model_resumes(generator, data, tmp_path):
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = conv_net()
+
+        def forward(self, x):
+            noise = torch.randn_like(x) if generator == "torch" else torch.tensor(np.random.randn(*x.shape)).to(x)
+            return self.net(x + 0.3 * noise)
+
+    arguments = {"data": data, "attacks": ["fgsm"], "eps": [0.02], "output": tmp_path / "run"}
+    robust.run(Noisy(), **arguments)
+    robust.run(Noisy(), **arguments, resume=True)
+
+
+def test_a_run_does_not_resume_with_another_version_of_an_attack(model, data, tmp_path, monkeypatch):
+    arguments = {"data": data, "attacks": ["autoattack"], "eps": [0.02], "output": tmp_path / "run"}
+    robust.run(model, **arguments)
+    monkeypatch.setattr(attacks.autoattack.FAB, "eta", 1.04)
+    init = attacks.autoattack.FAB.__init__
+    monkeypatch.setattr(attacks.autoattack.FAB, "__init__", lambda self, **given: init(self, **{"eta": 1.04} | given))
+    with pytest.raises(InputError, match=r"differs in attacks fab-t \(.*'eta': 1\.05.* there, .*'eta': 1\.04.* here\)"):
+        robust.run(model, **arguments, resume=True)
+
+
+class InPlace(nn.Module):
+    """Works without gradients only."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = conv_net()
+
+    def forward(self, x):
+        return self.net(x.sub_(0.1))
+
+
+class Squeezes(nn.Module):
+    """Works on several images only."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = conv_net()
+
+    def forward(self, x):
+        return self.net(x) if len(x) > 1 else self.net(x).view(7, 3)
+
+
+@pytest.mark.parametrize("module", [InPlace, Squeezes])
+def test_a_model_that_fails_on_the_first_images_is_refused_in_a_line(module, data, tmp_path):
+    with pytest.raises(InputError, match=r"fails on the first images: RuntimeError: .*; it must take one image and"):
+        robust.run(module(), data, attacks=["fgsm"], eps=[0.02], output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_nothing_is_left_behind_by_a_run_that_never_began(data, tmp_path):

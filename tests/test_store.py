@@ -168,6 +168,18 @@ def test_an_empty_run_is_discarded_and_another_is_not(tmp_path, store):
     assert (tmp_path / "run" / FILENAME).exists()
 
 
+def test_what_another_process_wrote_meanwhile_is_not_written_over(tmp_path):
+    ours = Store.create(tmp_path / FILENAME, IDENTITY, {})
+    theirs = Store.open(tmp_path)
+    ours.add_clean([clean(0)])
+    ours.add_unit(0, "pgd", 1.0, [])
+    with pytest.raises(InputError, match="another process is writing this run"):
+        theirs.add_clean([clean(0)])
+    with pytest.raises(InputError, match="another process is writing this run"):
+        theirs.add_unit(0, "pgd", 2.0, [])
+    assert theirs.seconds() == ours.seconds() == {"pgd": 1.0}
+
+
 def test_a_run_in_memory_can_be_written_once(tmp_path):
     store = Store.create(None, IDENTITY, {})
     store.add_clean([clean(0)])

@@ -64,6 +64,9 @@ def fingerprint(module: nn.Module, *extra: str) -> str:
     for text in (str(module), *extra):
         digest.update(text.encode() + b"\0")
     for name, tensor in sorted(module.state_dict().items()):
+        if not isinstance(tensor, Tensor):  # what a layer saves besides, from get_extra_state
+            digest.update(f"{name} {tensor}\0".encode())
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(raw.numpy().tobytes())

@@ -4,7 +4,7 @@ import copy
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +26,11 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
     training = [(part, part.training) for part in module.modules()]
     requires_grad = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     try:
-        yield module.eval().requires_grad_(False)
+        with suppress(NotImplementedError):  # an exported program has no modes
+            module.eval()
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+        yield module
     finally:
         for part, mode in training:
             part.training = mode

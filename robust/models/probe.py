@@ -19,6 +19,7 @@ def count_classes(module: nn.Module, size: Size) -> int:
 
     InputError where it raises, or gives anything but finite (2, classes) logits for two classes or more.
     """
+    check_parameters(module)
     parameter = next(module.parameters(), torch.empty(0))
     x = torch.rand(2, *size, generator=torch.Generator().manual_seed(0)).to(parameter.device)
     try:
@@ -34,6 +35,15 @@ def count_classes(module: nn.Module, size: Size) -> int:
             "not logits of shape (2, classes), classes >= 2"
         )
     return logits.shape[1]
+
+
+def check_parameters(module: nn.Module) -> None:
+    """InputError for parameters that are not there yet, or that no gradient can be taken past."""
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise InputError(f"the model's parameter {name} is not initialised; call the model once on a batch first")
+        if parameter.is_inference():
+            raise InputError(f"the model's parameter {name} was made under torch.inference_mode; make it outside")
 
 
 class _NoClassifier(InputError):
