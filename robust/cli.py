@@ -51,9 +51,7 @@ def main(command: Callable[..., Any]) -> NoReturn:
         if "locked" in str(error):
             _fail(BUSY)
         if disk_is_full(error):
-            _fail(
-                "the disk is full: make room, then repeat it with --output and --resume; what is done is kept"
-            )
+            _fail("the disk is full: make room, then repeat it with --output and --resume; what is done is kept")
         if not isinstance(error, OSError) and "readonly" not in str(error):
             raise
         _fail(f"{error}; mend that, or name another --output, and repeat the command; what is done is kept")
