@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import os
 import pickle
 import re
 import zipfile
@@ -221,6 +222,56 @@ def test_a_file_that_vanishes_is_named(tmp_path):
         list(data)
 
 
+# Names of files that are no text, or no line of it
+
+
+def test_an_id_is_one_line_and_other_text_as_it_is(tree):
+    usual = ["a b.png", "é.png", "猫\u3000\xa0.png", "👩\u200d🔬.png"]
+    odd = {
+        "a\rb.png": r"a\rb.png",
+        "a\n.png": r"a\n.png",
+        "\x1b.png": r"\x1b.png",
+        "\x85\u2028.png": r"\u0085\u2028.png",
+    }
+    names = {**dict(zip(usual, usual, strict=True)), **odd, r"a\rb.png": r"a\\rb.png"}
+    spec = tree({f"cat/{name}": seed for seed, name in enumerate(names)})
+    by_id = {sample.id: sample.sha256 for sample in load_data(spec, PETS)}
+    hashes = [hashlib.sha256(image_bytes(pattern(seed=seed))).hexdigest() for seed in range(len(names))]
+    assert by_id == dict(zip([f"cat/{id}" for id in names.values()], hashes, strict=True))
+
+
+def test_a_name_that_is_not_utf_8_is_an_id_nevertheless(tmp_path):
+    names = {b"\xff\xfe.png": r"\xff\xfe.png", b"\x85.png": r"\x85.png", "\x85.png".encode(): r"\u0085.png"}
+    folder = write_tree(tmp_path, {f"cat/{os.fsdecode(name)}": seed for seed, name in enumerate(names)})
+    data = load_data(str(folder), PETS)
+    assert {sample.id: sample.sha256 for sample in data} == {
+        f"cat/{id}": hashlib.sha256(image_bytes(pattern(seed=seed))).hexdigest()
+        for seed, id in enumerate(names.values())
+    }
+    assert labels(load_data(str(folder), PETS, limit=2)).items() < labels(data).items()
+
+
+def test_a_folder_and_classes_whose_names_are_not_utf_8(tmp_path):
+    odd = os.fsdecode(b"\xff\n")
+    folder = write_tree(tmp_path / odd, {f"z{odd}/{odd}.png": 1, "a/1.png": 2, "z/notes.txt": b""})
+    data = load_data(str(folder), model_of(3), skip_bad_images=True)
+    assert data.name == rf"{tmp_path}/\xff\n"
+    assert data.class_names == ("a", "z", r"z\xff\n")
+    assert labels(data) == {"a/1.png": 0, r"z\xff\n/\xff\n.png": 2}
+    check_refused(folder, PETS, r"3 of the 3 folders of .*/\\xff\\n are no class of net: a, z, z\\xff\\n;")
+
+
+def test_bad_images_are_named_in_valid_text(tmp_path):
+    odd = os.fsdecode(b"\xff\n")
+    folder = write_tree(tmp_path, {f"cat/{odd}.png": b"no image", f"cat/{odd}.txt": b"", "dog/1.png": 1})
+    data = load_data(str(folder), PETS, skip_bad_images=True)
+    assert labels(data) == {"dog/1.png": 0}
+    assert data.skipped == [r"cat/\xff\n.txt", r"cat/\xff\n.png"]
+    check_refused(folder, PETS, r"cat/\\xff\\n\.txt is not an image")
+    (folder / f"cat/{odd}.txt").unlink()
+    check_refused(folder, PETS, r"cat/\\xff\\n\.png is not an image")
+
+
 # Zips
 
 
@@ -285,6 +336,8 @@ NAN = np.where(np.arange(FLOAT.size).reshape(FLOAT.shape) == 300, np.nan, FLOAT)
         ({"images": UINT8, "y": Y}, r"no array x \(it holds images, y\)"),
         ({"x": UINT8}, "no array y"),
         ({}, r"no array x and no y \(it holds none\)"),
+        ({"train/x": UINT8, "train/y": Y}, r"no array x and no y \(it holds train/x, train/y\)"),
+        ({"x.1": UINT8, "y\n": Y}, r"no array x and no y \(it holds x\.1, y\\n\)"),
         ({"x": UINT8.astype(np.int64), "y": Y}, "x of .* is int64 .*give uint8"),
         ({"x": UINT8 > 9, "y": Y}, "x of .* is bool"),
         ({"x": UINT8.astype(object), "y": Y}, "x of .* is object"),
@@ -301,7 +354,10 @@ NAN = np.where(np.arange(FLOAT.size).reshape(FLOAT.shape) == 300, np.nan, FLOAT)
         ({"x": UINT8[:, :7], "y": Y}, "so its images are 3 x 7 x 8"),
         ({"x": FLOAT * 255, "y": Y}, r"must be in \[0, 1\]; found \d+ \.\. 2\d\d in x\[0\] of .*: divide by 255"),
         ({"x": FLOAT * 2 - 1, "y": Y}, r"found -1 \.\. 0\.9\d+ in x\[0\] .*put the normalisation inside the model"),
-        ({"x": FLOAT + np.float32(1e-6), "y": Y}, r"found .* \.\. 1\.000001"),
+        ({"x": FLOAT + np.float32(1e-6), "y": Y}, r"found .* \.\. 1\.00000095 in .*: clip .* x\.clip\(0, 1\)"),
+        ({"x": np.nextafter(FLOAT, np.float32(2)), "y": Y}, r"found .* \.\. 1\.00000012 in"),
+        ({"x": FLOAT - np.float32(1e-6), "y": Y}, r"found -.*e-07 \.\. .*: clip"),
+        ({"x": FLOAT + np.float32(3e-6), "y": Y}, "put the normalisation inside the model"),
         ({"x": NAN, "y": Y}, r"x\[1\] of .* holds NaN"),
         ({"x": FLOAT.astype(float) * 1e300, "y": Y}, "holds NaN or infinity"),
         ({"x": np.asfortranarray(UINT8), "y": Y}, r"Fortran order: save numpy\.ascontiguousarray\(x\)"),
@@ -328,6 +384,14 @@ def test_what_is_no_npz_is_refused(tmp_path):
         archive.writestr("x.npy", b"no array")
         archive.writestr("y.npy", b"no array")
     check_refused(path, model_of(), "cannot be read as an .npz")
+
+
+def test_members_of_an_npz_that_numpy_does_not_name_so_are_no_arrays(tmp_path):
+    npz(tmp_path, x=UINT8, y=Y)
+    with zipfile.ZipFile(tmp_path / "data.npz") as archive, zipfile.ZipFile(tmp_path / "bare.npz", "w") as bare:
+        for name in ("x", "y"):
+            bare.writestr(name, archive.read(f"{name}.npy"))
+    check_refused(tmp_path / "bare.npz", model_of(), r"no array x and no y \(it holds none\)")
 
 
 def test_an_npz_that_ends_early_is_refused(tmp_path):

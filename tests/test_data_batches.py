@@ -1,6 +1,7 @@
 """Python iterables as data."""
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,7 +125,12 @@ def test_a_read_only_array_is_taken():
         ([(X, Y == 1)], "y of item 0 of data is bool"),
         ([(X, Y[:4])], r"is int64 \(4,\) and x is \(5, 3, 4, 4\)"),
         ([(X, 1)], r"is int64 \(\)"),
-        ([(X[0], Y[:1])], "y must be one integer"),
+        ([(X[0], Y[:1])], "y must be one integer$"),
+        (
+            [(X[:, 0], Y)],
+            r"must be one integer; or is x a batch\? It needs a channel axis, \(N, C, H, W\): x\.unsqueeze",
+        ),
+        ((X[:, 0].numpy(), Y), r"It needs a channel axis, \(N, C, H, W\): .* or x\[:, None\]"),
         ([(X[:, 0, 0], Y)], r"x of item 0 of data has shape \(5, 4\): give batches \(N, C, H, W\)"),
         ([(X[..., :0], Y)], r"has shape \(5, 3, 4, 0\)"),
         ([(X, Y, Y)], r"item 0 of data is not a pair \(x, y\)"),
@@ -134,7 +140,8 @@ def test_a_read_only_array_is_taken():
         ([(X, Y), (X[..., :3], Y)], "00005 is 3 x 4 x 3 .* and 00000 is 3 x 4 x 4"),
         ([(X, Y + 1)], "label 3 of 00001 is outside the model's 3 classes"),
         ([(X, Y - 1)], "label -1 of 00000 is outside"),
-        (7, r"data must be an iterable of \(x, y\), not int"),
+        (7, r"data must be an iterable of \(x, y\), not int$"),
+        (Path("images"), r"not \w+Path: give a folder or file by its name, str\(path\)"),
     ],
 )
 def test_refusals(data, reason):

@@ -25,6 +25,22 @@ def as_bytes(x: torch.Tensor) -> np.ndarray:
     return values.permute(1, 2, 0).numpy().astype(np.uint8)
 
 
+def png(depth: int, colour_type: int, width: int, row: bytes, transparency: bytes = b"") -> bytes:
+    """A PNG of one row, written by hand: of some depths Pillow makes none."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        [
+            chunk(b"IHDR", width.to_bytes(4, "big") + (1).to_bytes(4, "big") + bytes([depth, colour_type, 0, 0, 0])),
+            chunk(b"tRNS", transparency) if transparency else b"",
+            chunk(b"IDAT", zlib.compress(b"\0" + row)),
+            chunk(b"IEND", b""),
+        ]
+    )
+
+
 @pytest.mark.parametrize("format", ["PNG", "BMP", "PPM", "TIFF", "WEBP"])
 def test_lossless_files_give_their_own_values(format):
     options = {"lossless": True} if format == "WEBP" else {}
@@ -74,20 +90,8 @@ def test_16_bit_grayscale_is_scaled_and_not_clipped(format):
 
 
 def test_16_bit_colour_keeps_the_high_byte():
-    """A PNG of two 16-bit RGB pixels, written by hand: Pillow makes none."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
-
     deep = np.array([[[0x0102, 0x7FFF, 0x8000], [0xFFFF, 0x00FF, 0xFE01]]], ">u2")
-    raw = b"\x89PNG\r\n\x1a\n" + b"".join(
-        [
-            chunk(b"IHDR", (2).to_bytes(4, "big") + (1).to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])),
-            chunk(b"IDAT", zlib.compress(b"\0" + deep.tobytes())),
-            chunk(b"IEND", b""),
-        ]
-    )
-    x = decode(raw, "a", model_of(input_size=(3, 1, 2)))
+    x = decode(png(16, 2, 2, deep.tobytes()), "a", model_of(input_size=(3, 1, 2)))
     np.testing.assert_array_equal(as_bytes(x), deep >> 8)
 
 
@@ -139,6 +143,34 @@ def test_a_transparent_colour_is_refused_where_a_pixel_has_it():
     palette = image.quantize(16)
     with pytest.raises(BadImage, match="transparent"):
         decode(saved(palette, transparency=palette.getpixel((0, 0))), "a", COLOUR)
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour_type", "row", "used", "unused", "values"),
+    [
+        pytest.param(2, 0, b"\x10", b"\0\1", b"\0\2", [0, 85], id="2-bit gray"),
+        pytest.param(4, 0, b"\xf3", b"\0\x0f", b"\0\x01", [255, 51], id="4-bit gray"),
+        pytest.param(8, 0, b"\xff\x0f", b"\0\x0f", b"\0\1", [255, 15], id="8-bit gray"),
+        pytest.param(16, 0, b"\xff\1\2\3", b"\xff\1", b"\xff\2", [255, 2], id="16-bit gray"),
+        pytest.param(8, 2, bytes(range(6)), b"\0\3\0\4\0\5", b"\0\3\0\4\0\6", [*range(6)], id="8-bit RGB"),
+        pytest.param(16, 2, bytes(range(12)), bytes(range(6)), b"\4\0" * 3, [*range(0, 12, 2)], id="16-bit RGB"),
+    ],
+)
+def test_a_transparent_colour_is_in_the_depth_of_the_file(depth, colour_type, row, used, unused, values):
+    model = model_of(input_size=None)
+    x = decode(png(depth, colour_type, 2, row, unused), "a", model)
+    assert as_bytes(x).ravel().tolist() == values
+    with pytest.raises(BadImage, match="a has transparent pixels"):
+        decode(png(depth, colour_type, 2, row, used), "a", model)
+
+
+def test_a_palette_with_alphas_is_taken_where_all_is_opaque():
+    """Without the warning that Pillow has for it, which would be an error here."""
+    palette = Image.fromarray(pattern()).quantize(16)
+    x = decode(saved(palette, transparency=b"\xff" * 16), "a", COLOUR)
+    np.testing.assert_array_equal(as_bytes(x), np.asarray(palette.convert("RGB")))
+    with pytest.raises(BadImage, match="a has transparent pixels"):
+        decode(saved(palette, transparency=b"\xfe" * 16), "a", COLOUR)
 
 
 @pytest.mark.parametrize("format", ["GIF", "PNG", "TIFF", "WEBP"])

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from robust.data import folder, image, npz, samples, torchvision
+from robust.data.names import errors_on_one_line, one_line
 from robust.data.sample import Dataset, Sample
-from robust.data.source import Request, Selection, Source, balanced, require_labels
+from robust.data.source import Request, Selection, Source, balanced, printable, require_labels
 from robust.errors import InputError, unknown
 from robust.models.model import Model
 
@@ -32,6 +33,7 @@ SOURCES: dict[str, tuple[Callable[[str], bool], Callable[[Request], Source]]] = 
 }
 
 
+@errors_on_one_line()
 def load_data(
     spec: str,
     model: Model,
@@ -57,12 +59,12 @@ def load_data(
     if label is not None and kind != "image":
         raise InputError(f"--label is for a single image, and {spec} holds its own labels: leave it out")
     _, load = SOURCES[kind]
-    source = load(Request(spec, model, label, data_root, skip_bad_images))
+    source = printable(load(Request(spec, model, label, data_root, skip_bad_images)))
     if not source.ids:
         raise InputError(f"{spec} holds no images")
     require_labels(source.labels, source.ids, model.num_classes)
     positions = balanced(source.ids, source.labels, limit or len(source.ids), seed)
-    return Selection(spec, source, positions, skip_bad_images)
+    return Selection(one_line(spec), source, positions, skip_bad_images)
 
 
 def _unknown(spec: str) -> InputError:

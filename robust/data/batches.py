@@ -1,6 +1,7 @@
 """Any Python iterable of (x, y) as a data set: what `robust.run(model, data)` is given."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -35,7 +36,8 @@ def from_batches(
 class _Batches:
     def __init__(self, data: Iterable[Any], num_classes: int | None, name: str, class_names: tuple[str, ...] | None):
         if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
-            raise InputError(f"data must be an iterable of (x, y), not {type(data).__name__}")
+            way = ": give a folder or file by its name, str(path)" if isinstance(data, os.PathLike) else ""
+            raise InputError(f"data must be an iterable of (x, y), not {type(data).__name__}{way}")
         self.name = name
         self.class_names = class_names
         self.skipped: list[str] = []
@@ -88,6 +90,8 @@ def _check_item(x: Tensor | np.ndarray, y: np.ndarray, where: str) -> None:
         raise InputError(f"x of {where} is {x.dtype}: give floats in [0, 1], such as 8-bit values divided by 255")
     if y.dtype.kind not in "iu" or y.shape != shape[:-3]:
         wanted = f"integers ({shape[0]},)" if x.ndim == 4 else "one integer"
+        if x.ndim == 3 and y.shape == shape[:1]:
+            wanted += "; or is x a batch? It needs a channel axis, (N, C, H, W): x.unsqueeze(1), or x[:, None]"
         raise InputError(f"y of {where} is {y.dtype} {y.shape} and x is {shape}: y must be {wanted}")
 
 

@@ -3,6 +3,7 @@
 import warnings
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from robust.models.model import Model, Preprocess
 # Pillow is held to these formats, whatever a file's name says: some of the others run outside programs.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+_TRANSPARENT = "has transparent pixels, and what lies behind them is unknown"
 
 
 class BadImage(InputError):
@@ -91,6 +94,7 @@ def _open(raw: bytes, name: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(BytesIO(raw), formats=FORMATS)
+            layout = [tile[3] for tile in image.tile]  # loading forgets it
             image.load()
     except UnidentifiedImageError:
         raise BadImage(name, "is not an image") from None
@@ -99,21 +103,39 @@ def _open(raw: bytes, name: str) -> Image.Image:
     # A JPEG with a second picture behind it (MPO: phones store previews so) shows its first one everywhere.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise BadImage(name, "holds several frames")
+    _scale_transparency(image, layout)
     return image
+
+
+def _scale_transparency(image: Image.Image, layout: list[Any]) -> None:
+    """A PNG's transparent colour in 8 bits, as its pixels are; Pillow leaves it in the depth of the file."""
+    match layout, image.info.get("transparency"):
+        case ["L;2"], int(gray):
+            image.info["transparency"] = gray % 4 * 85
+        case ["L;4"], int(gray):
+            image.info["transparency"] = gray % 16 * 17
+        case ["RGB;16B"], tuple(colour):
+            # The pixels' low bytes are lost, so what has the high bytes of the colour counts as transparent.
+            image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
 def _plain(image: Image.Image, name: str) -> Image.Image:
     """The image as 8-bit grayscale ("L") or RGB."""
     mode = image.mode
     has_alpha = mode in ("LA", "PA", "RGBA") or "transparency" in image.info
-    if mode in ("I;16", "I;16B", "I;16L", "I;16N") and not has_alpha:
+    if mode in ("I;16", "I;16B", "I;16L", "I;16N"):
+        deep = np.asarray(image)
+        if has_alpha and (deep == image.info["transparency"]).any():
+            raise BadImage(name, _TRANSPARENT)
         # Pillow's own conversion clips at 255. It reads 16-bit colour by the high byte; so is gray here.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return Image.fromarray((deep >> 8).astype(np.uint8))
     if mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
         # CMYK included: without its colour profile, any conversion to RGB is a guess.
         raise BadImage(name, f"has pixels of mode {mode}, not 8-bit grayscale or RGB")
-    if has_alpha and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
-        raise BadImage(name, "has transparent pixels, and what lies behind them is unknown")
+    if has_alpha:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema() != (255, 255):
+            raise BadImage(name, _TRANSPARENT)
     return image.convert("L" if mode in ("1", "L", "LA") else "RGB")
 
 

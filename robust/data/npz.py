@@ -1,7 +1,7 @@
 """An .npz with images `x` and labels `y`, its rows read from the file as they are needed.
 
 x is uint8 (N, H, W) or (N, H, W, C), or float (N, C, H, W) in [0, 1]; y is integers (N,). Arrays are taken as
-they are: nothing is resized, and gray stays one channel.
+they are: nothing is resized or clipped, and gray stays one channel.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ def load(request: Request) -> Source:
     path = Path(request.spec)
     with _errors_named(path):
         archive = open_zip(path)
-        held = [Path(name).stem for name in archive.namelist()]
+        held = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
         if missing := [name for name in ("x", "y") if name not in held]:
             raise InputError(
                 f"{path} has no array {' and no '.join(missing)} (it holds {', '.join(held) or 'none'}): "

@@ -11,7 +11,7 @@ from torch import Tensor
 class Sample:
     """One labelled image as the model sees it."""
 
-    id: str  # stable and unique in its data set, such as "n02510455/n02510455_giant_panda.jpg"
+    id: str  # stable, unique in its data set and one line of text, such as "n02510455/n02510455_giant_panda.jpg"
     x: Tensor  # (C, H, W) float32 in [0, 1], at the model's input size
     y: int  # ground truth, an index into the model's classes
     sha256: str  # of the source's bytes: the file, or the array's row, before any resizing

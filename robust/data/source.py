@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from robust.data.images import BadImage, size_text
+from robust.data.names import errors_on_one_line, one_line, sample_id
 from robust.data.sample import Sample
 from robust.errors import InputError
 from robust.models.model import Model
@@ -61,7 +62,8 @@ class Selection:
         for position in self._positions:
             id = self._source.ids[position]
             try:
-                x, sha256 = self._source.read(position)
+                with errors_on_one_line():
+                    x, sha256 = self._source.read(position)
             except BadImage:
                 if not self._skip_bad_images:
                     raise
@@ -75,6 +77,16 @@ class Selection:
             raise InputError(f"no image of {self.name} can be used: all of them were skipped")
 
 
+def printable(source: Source) -> Source:
+    """The source with ids and class names that are valid text on one line, whatever its files are called."""
+    return replace(
+        source,
+        ids=list(map(sample_id, source.ids)),
+        class_names=source.class_names and tuple(map(one_line, source.class_names)),
+        skipped=tuple(map(sample_id, source.skipped)),
+    )
+
+
 def float32(values: np.ndarray) -> Tensor:
     """A float array of any precision and memory layout as a contiguous float32 tensor of its own."""
     with np.errstate(over="ignore"):  # becomes infinity, which `require_pixels` refuses
@@ -82,13 +94,21 @@ def float32(values: np.ndarray) -> Tensor:
 
 
 def require_pixels(x: Tensor, name: str) -> None:
-    """InputError unless every value of x, float32, lies in [0, 1]."""
+    """InputError unless every value of x, float32, lies in [0, 1].
+
+    Rounding is no excuse: what is evaluated is what was given. Values out by 1e-6 at most are refused too, and the
+    message says to clip them.
+    """
     low, high = (bound.item() for bound in x.aminmax())
     if not math.isfinite(high - low):
         raise InputError(f"{name} holds NaN or infinity: pixels must be in [0, 1]")
     if low < 0 or high > 1:
-        way = "divide by 255" if low >= 0 and high > 16 else "put the normalisation inside the model"
-        raise InputError(f"pixels must be in [0, 1]; found {low:.7g} .. {high:.7g} in {name}: {way}")
+        if low >= -1e-6 and high <= 1 + 1e-6:
+            way = "clip what rounding has added, as x.clip(0, 1) does"
+        else:
+            way = "divide by 255" if low >= 0 and high > 16 else "put the normalisation inside the model"
+        # Nine digits tell any two floats apart.
+        raise InputError(f"pixels must be in [0, 1]; found {low:.9g} .. {high:.9g} in {name}: {way}")
 
 
 def require_same_size(sample: Sample, first: Sample) -> None:
