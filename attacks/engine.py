@@ -243,7 +243,8 @@ def _begin(attack: Attack, climbs: list[_Climb], eps: Sequence[float], seed: int
 
 def _keep_nearest(attack: Attack, state: MinimalState) -> None:
     distance = attack.ball.distance(state.query - state.x)
-    nearer = state.fooled & (distance < state.best_distance)
+    # The image itself is no adversarial, whatever one draw of a random model says of it.
+    nearer = state.fooled & (distance < state.best_distance) & (distance > 0)
     if bool(nearer.any()):
         state.best = torch.where(per_slot(nearer, state.x), state.query, state.best)
         state.best_distance = torch.where(nearer, distance, state.best_distance)

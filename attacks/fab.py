@@ -42,7 +42,8 @@ class FAB(Attack):
     A step ahead is judged by a forward alone, as nearly all end in an adversarial. The gradient is asked for at the
     point drawn back or, where it failed, at the same point once more.
 
-    Costs two forwards and one gradient an iteration, and `search` forwards, for each target and restart.
+    Costs two forwards and one gradient an iteration, and `search` forwards (one where nothing was found), for each
+    target and restart.
     """
 
     name: ClassVar[str] = "fab-t"
@@ -80,7 +81,8 @@ class FAB(Attack):
 
     def last(self, state: State) -> Tensor:
         assert isinstance(state, FABState)
-        return state.iteration == self.steps + self.search
+        searched = state.iteration > self.steps
+        return (state.iteration == self.steps + self.search) | (searched & state.best_distance.isinf())
 
     def init(self, state: MinimalState, noise: Noise) -> FABState:
         again = torch.tensor(noise.restarts, device=state.x.device) % self.restarts > 0
@@ -103,8 +105,9 @@ class FAB(Attack):
             state.ahead = state.iteration >= self.steps
             back = torch.lerp(x, here, self.beta)
             state.query = torch.where(per_slot(state.fooled, x), back, here)
-            if bool(state.ahead.any()):
-                state.query = torch.where(per_slot(state.ahead, x), self._nearer(state), state.query)
+            found = state.ahead & state.best_distance.isfinite()
+            if bool(found.any()):
+                state.query = torch.where(per_slot(found, x), self._nearer(state), state.query)
         else:
             state.ahead = torch.ones_like(state.ahead)
             state.query = self._ahead(x, here, self.loss(logits, state), grad)

@@ -110,9 +110,10 @@ def _by_attack(summary: pd.DataFrame) -> Iterator[tuple[str, list[dict[str, Any]
 
 
 def _least(attack: str, distances: np.ndarray, correct: int) -> dict[str, Any]:
-    """The median of the least distances over the images classified correctly, those not broken at all above any."""
+    """The distance within which half of the images classified correctly break, infinite where fewer do."""
     ordered = np.append(distances, np.full(correct - len(distances), np.inf))
-    return {"attack": attack, "found": len(distances), "correct": correct, "median": float(np.median(ordered))}
+    half = np.quantile(ordered, 0.5, method="inverted_cdf")  # a mean of two would be infinite where exactly half break
+    return {"attack": attack, "found": len(distances), "correct": correct, "median": float(half)}
 
 
 def _efforts(store: Store, summary: pd.DataFrame) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """`robust.run`: a whole evaluation from Python; and `execute`, which the command line shares with it."""
 
+import inspect
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -371,9 +372,9 @@ def _describe(attack: Any) -> dict[str, Any]:
         }
     parameters = {key: value for key, value in vars(attack).items() if not isinstance(value, nn.Module)}
     name = parameters.pop("name", None) or attack.name
-    first_line = (type(attack).__doc__ or "").split("\n")[0]
+    summary = " ".join(inspect.cleandoc(type(attack).__doc__ or "").split("\n\n")[0].split())
     # `steps` becomes their number.
-    described = re.sub("`(.+?)`", lambda named: str(parameters.get(named[1], named[1])), first_line)
+    described = re.sub("`(.+?)`", lambda named: str(parameters.get(named[1], named[1])), summary)
     return {"name": name, "description": described, "source": attack.source, "parameters": parameters}
 
 

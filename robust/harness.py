@@ -40,7 +40,8 @@ HALF_ULP = 2**-25
 
 PREFLIGHT_IMAGES = 8
 SAME = 1e-3  # how far logits may be from those that the run began with, relative to the largest; TF32 is off by as much
-PUSHES = (1.001, 1.01, 1.05)  # how far out the nearest point is tried again, each on top of the one before
+PUSHES = (1.001, 1.01, 1.05)  # how far out the nearest point is tried again
+RANDOM_PUSHES = (*PUSHES, 1.1, 1.2, 1.5, 2.0)  # of a random model, whose nearest point is that of its luckiest vote
 
 
 class Listener(Protocol):
@@ -100,10 +101,11 @@ def _check_taken(options: Options) -> None:
         value, default = getattr(options, option), getattr(Options, option)
         if value == default or any(option in attacks.takes(name, options.random_start) for name in options.attacks):
             continue
-        takers = [name for name in attacks.names() if option in attacks.takes(name)]
+        takers = [name for name in attacks.names() if option in attacks.takes(name) and name not in options.attacks]
         fit = [name for name in takers if name in attacks.ATTACKS and options.norm in attacks.ATTACKS[name].norms]
         foreign = ["many of foolbox's"] if any(name.startswith(attacks.PREFIX) for name in takers) else []
-        without = " without a random start" if {*takers} & {*options.attacks} else ""
+        could = any(option in attacks.takes(name) for name in options.attacks)
+        without = " without a random start" if could else ""
         others = f", or add an attack that takes it: {', '.join(fit + foreign)}" if fit or foreign else ""
         raise InputError(
             f"{option} means nothing to {' or '.join(options.attacks)}{without}: leave it out{others} "
@@ -381,13 +383,14 @@ class _Job:
         x_adv = torch.stack([claim.x_adv for claim in claims])
         pred, confidence = self._predict(x_adv)
         if _is_minimal(attack):
-            # The nearest point lies on the boundary, where rounding decides: a little farther out it does not.
+            # The nearest point lies on the boundary, where rounding or chance decides: farther out they do not.
             found = torch.tensor([claim.found for claim in claims], device=x.device)
-            for factor in PUSHES:
+            nearest = x_adv.clone()
+            for factor in RANDOM_PUSHES if self.options.draws > 1 else PUSHES:
                 rows = (found & ~self._fools(pred, y)).nonzero().squeeze(1)
                 if len(rows) == 0:
                     break
-                pushed = (x[rows] + factor * (x_adv[rows] - x[rows])).clamp_(0, 1)
+                pushed = (x[rows] + factor * (nearest[rows] - x[rows])).clamp_(0, 1)
                 pred[rows], confidence[rows] = self._predict(pushed)
                 x_adv[rows] = pushed
             claims = [replace(claim, rung=None) if claim.found else claim for claim in claims]

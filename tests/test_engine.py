@@ -180,6 +180,15 @@ def test_slots_that_need_no_gradient_are_judged_by_forwards_alone():
     assert sum(model.calls) - len(x) == sum(o.forwards[0] for o in outcomes) == 3 * (1 + 4 * (200 + 3))
 
 
+@pytest.mark.parametrize("name", ["fab-t", "fmn"])
+def test_the_image_itself_is_no_adversarial(name):
+    """Whatever one draw of a random model says of it; the clean pass said that it is right."""
+    wrong = lambda x: torch.stack([0 * x.flatten(1).sum(1), 1 + 0 * x.flatten(1).sum(1)], 1)  # noqa: E731
+    x = images(1)
+    (outcome,) = run(wrong, attacks.make(name, "linf", steps=5), x, torch.tensor([0]), [0.1])
+    assert outcome.found == (name == "fmn") == (not torch.equal(outcome.x_adv, x[0]))  # fab-t has nowhere to go
+
+
 def test_a_batch_that_stays_as_it_is_is_not_padded_for_long():
     model = Recorder(nn.Identity())
     model.forward = lambda x: (model.calls.append(len(x)), robust_tenth(x))[1]

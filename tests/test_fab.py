@@ -213,8 +213,9 @@ class Stands(nn.Module):
 def test_cost_of_a_sample_that_no_step_breaks_and_targets_are_the_other_classes_at_most(classes, targets):
     for o in run(Stands(classes), FAB(norm="linf", steps=4, search=2), images(3), torch.zeros(3, dtype=int)):
         assert not o.found and o.rung is None
-        # One to choose the targets; for each of them where a step begins and where it ends, and the search.
-        assert o.forwards == (1 + targets * (8 + 2),)
+        # One to choose the targets; for each of them where a step begins and where it ends, and once more before it is
+        # known that there is nothing to search from.
+        assert o.forwards == (1 + targets * (8 + 1),)
         assert o.gradients == (targets * 4,)
 
 

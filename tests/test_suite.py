@@ -9,7 +9,9 @@ from torch import nn
 
 import attacks
 import robust
+from reports.html import _least
 from robust.errors import InputError
+from robust.units import format_distance
 from toys import conv_net, images
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -60,10 +62,24 @@ def test_a_nearest_point_beyond_every_eps_is_no_success_and_no_picture(model, da
 def test_the_report_draws_the_exact_curve_and_says_the_median(model, data, tmp_path):
     run = robust.run(model, data, attacks=["fmn", "pgd"], eps=[0.005, 0.02], steps=20, output=tmp_path / "run")
     text = (tmp_path / "run" / "report.html").read_text()
-    distances = np.sort([*run.store.nearest("fmn").values()])
-    assert "fmn looks for the least distance" in text
-    half = distances[len(distances) // 2 - 1 : len(distances) // 2 + 1].mean() if len(distances) == 30 else None
-    assert half is None or f"{half * 255:.3g}/255" in text or f"{half:.3g}" in text
+    distances, right = sorted(run.store.nearest("fmn").values()), len(data[1])
+    assert "fmn looks for the least distance" in text and run.summary.clean_accuracy.eq(1).all()
+    half = distances[(right + 1) // 2 - 1]
+    assert f"half of them break within linf {format_distance(half, 'linf', 0.02)}" in text
+
+
+@pytest.mark.parametrize(
+    ("distances", "correct", "median"),
+    [([1.0], 2, 1.0), ([1.0, 2.0], 3, 2.0), ([1.0, 2.0, 3.0, 5.0], 4, 2.0), ([1.0], 3, np.inf), ([], 1, np.inf)],
+)
+def test_the_median_is_where_half_are_broken(distances, correct, median):
+    assert _least("fmn", np.array(distances), correct)["median"] == median
+
+
+def test_the_report_describes_an_attack_in_whole_sentences(model, data):
+    described = robust.run(model, data, attacks=["ddn"], norm="l2", eps=0.1, steps=20).store.details["attacks"]
+    assert described[0]["description"].startswith("20 steps: the first tenth of them")
+    assert described[0]["description"].endswith("search between the best point and the image.")
 
 
 @pytest.mark.parametrize(("name", "norm"), [("fmn", "linf"), ("fab-t", "l2"), ("ddn", "l2"), ("sigma-zero", "l0")])
@@ -324,6 +340,28 @@ def test_what_a_random_model_refutes_is_attacked_at_the_larger_eps(data):
     refuted, _ = run.store.twin_disagreements()
     assert refuted > 0
     assert run.summary[run.summary.attack == "pgd"].robust_accuracy.iloc[-1] < 0.2
+
+
+class Dim(nn.Module):
+    """Class 1 where the image is darker than grey by more than noise of a twentieth."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(10.0))
+
+    def forward(self, x):
+        brightness = x.flatten(1).mean(1) - 0.5
+        return torch.stack([brightness, -brightness], 1) * self.gain + 0.5 * torch.randn(len(x), 2)
+
+
+@pytest.mark.parametrize("name", ["fab-t", "fmn"])
+def test_a_random_models_least_distance_is_not_that_of_its_luckiest_vote(name):
+    x, y = torch.full((60, 1, 2, 2), 0.55), torch.zeros(60, dtype=torch.long)
+    run = robust.run(Dim(), (x, y), attacks=[name, "pgd"], eps=[0.04, 0.5], steps=20, eot=20)
+    standing = run.summary[run.summary.eps == 0.5].set_index("attack").robust_accuracy
+    assert standing[name] < 0.1 and standing["pgd"] < 0.1
+    distances = np.array([*run.store.nearest(name).values()])
+    assert distances.min() > 0 and 0.02 < np.median(distances) < 0.1
 
 
 # Surrogates
