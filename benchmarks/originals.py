@@ -138,12 +138,11 @@ def in_their_order(attack: square.Square, moves: Tensor, drawn: Noise, x: Tensor
     windows = attack._windows(x)
     sides = windows.sides[windows.phase(torch.arange(len(moves)))].tolist()
     for move, side in zip(moves.to(x.dtype), sides, strict=True):
-        signs, places, turned = (
-            (move[:c], move[c:], []) if attack.norm == "linf" else (move[:c], move[c:-1], [move[-1:]])
-        )
-        for place, n in zip(places, (h, w, h, w), strict=False):
+        signs, places = move[:c], move[c:] if attack.norm == "linf" else move[c:-1]
+        for place, n in zip(places, (h, w, h, w), strict=False):  # of one window or two
             yield (place + 0.5) / max(n - side, 1)
-        yield from turned
+        if attack.norm != "linf":
+            yield move[-1:]  # whether the peaks are turned
         yield signs
 
 

@@ -152,7 +152,8 @@ class Store:
 
     def __init__(self, path: Path | None):
         self._path = path
-        self._db = sqlite3.connect(path or ":memory:", isolation_level=None)
+        # A run made in one thread may be read in another; SQLite itself takes turns.
+        self._db = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
         self._db.row_factory = sqlite3.Row
 
     @classmethod

@@ -3,6 +3,7 @@
 import copy
 import io
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -321,6 +322,12 @@ def test_numbers_of_every_library(model, data):
     assert run.samples.equals(same.samples)
     options = robust.run(model, data, attacks="noise", eps=torch.tensor(0.5)).store.identity["options"]
     assert options["eps"] == [0.5]
+
+
+def test_a_run_made_in_a_thread_is_read_in_another(model, data):
+    with ThreadPoolExecutor() as pool:
+        run = pool.submit(robust.run, model, data, attacks=["noise"], eps=0.1).result()
+    assert len(run.samples) == len(data[1])
 
 
 class WithExtraState(nn.Module):

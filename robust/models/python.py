@@ -39,7 +39,7 @@ def load(name: str, weights: Path | None, input_size: int | None) -> Model:
             raise unknown(f"function in {place}", factory, functions)
         try:
             module = getattr(source, factory)()
-        except Exception as error:  # a user's code may raise anything
+        except (Exception, SystemExit) as error:  # a user's code may raise anything
             raise InputError(f"{name} raised {describe(error)}") from error
     if not isinstance(module, nn.Module):
         raise InputError(f"{name} returned a {type(module).__name__}; it must return a torch.nn.Module")
