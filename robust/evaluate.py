@@ -173,6 +173,7 @@ def evaluate(
     from reports.terminal import plain_lines, summary_table
     from robust.api import execute, load_surrogate
     from robust.data import load_data
+    from robust.data.names import one_line
     from robust.harness import check
     from robust.models import load_model
     from robust.progress import Meter
@@ -184,7 +185,7 @@ def evaluate(
     )
     crafted_on = None if surrogate is None else load_surrogate(surrogate)
     console = Console()
-    command = shlex.join(["python", "-m", "robust.evaluate", *cli.without_output(sys.argv[1:])])
+    command = one_line(shlex.join(["python", "-m", "robust.evaluate", *cli.without_output(sys.argv[1:])]))
     total = None if dataset.size is None else dataset.size * len(options.attacks)
     try:
         with Meter(console, total, quiet) as meter:

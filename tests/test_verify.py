@@ -379,7 +379,7 @@ def test_layers_that_are_still_torchs_are_named_and_their_names_escaped(project:
         ("--dtype bf16", "did you mean bfloat16"),
         ("--dtype tf32", "tf32 is computed by a GPU's tensor cores alone"),
         ("--device cuda:7", "device 'cuda:7' cannot be used"),
-        ("--device meta", "device 'meta' cannot be used; name cpu or cuda"),
+        ("--device meta", "device 'meta' cannot be used (Tensor.item() cannot be called on meta tensors)"),
         ("--algorithm fft", "unknown algorithm 'fft'; known: auto, direct, toeplitz, im2col"),
         ("--algorithm winograd", "did you mean winograd"),
         ("--algorithm direct", "direct takes too long at full size"),
