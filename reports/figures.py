@@ -27,7 +27,7 @@ _LETTERS = 16  # of _LARGE that fit under a picture
 
 
 def write_figures(store: Store, folder: Path) -> None:
-    """One figure an example; those of an earlier report on the same run go."""
+    """One figure an example; those of an earlier report on the same run go, and what one that was killed left."""
     samples = store.samples()
     class_names = store.details.get("class_names")
     written = set()
@@ -38,7 +38,7 @@ def write_figures(store: Store, folder: Path) -> None:
             warnings.filterwarnings("ignore", "Glyph .* missing from")
             panda(example, class_names).savefig(stream, format="png", dpi=_DPI)
         written.add(path)
-    for path in set((folder / "figures").glob("panda_*.png")) - written:
+    for path in set((folder / "figures").glob("*panda_*.png*")) - written:
         path.unlink()
 
 

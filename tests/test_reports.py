@@ -563,10 +563,11 @@ def test_file_names_are_safe(sample_id: str, name: str) -> None:
 def test_figures_of_an_earlier_report_go(store: Store, tmp_path: Path) -> None:
     (tmp_path / "figures").mkdir()
     stale, mine = tmp_path / "figures" / "panda_99_old.png", tmp_path / "figures" / "mine.png"
-    for path in (stale, mine):
+    half = tmp_path / "figures" / ".panda_1_0001.png.4711"  # of a process that was killed
+    for path in (stale, half, mine):
         path.touch()
     REPORTS["figures/panda_*.png"](store, tmp_path)
-    assert not stale.exists() and mine.exists()
+    assert not stale.exists() and not half.exists() and mine.exists()
 
 
 @pytest.mark.parametrize("options", [{"channels": 1}, {"norm": "l2", "eps": [0.25, 0.5]}, {"side": 120}])
