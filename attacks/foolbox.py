@@ -33,7 +33,10 @@ class AttackFailed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class FoolboxAttack:
-    """One of foolbox's attacks, with foolbox's own defaults except for what `options` says."""
+    """One of foolbox's attacks, with foolbox's own defaults.
+
+    options: what is given instead of them.
+    """
 
     name: str  # with the prefix
     norm: str

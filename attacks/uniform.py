@@ -9,7 +9,10 @@ from attacks.noise import Noise
 
 @dataclass(frozen=True, kw_only=True)
 class UniformNoise(Attack):
-    """One point drawn uniformly from the ball (`restarts` of them), clipped to [0, 1]. Costs 1 forward each."""
+    """Points drawn uniformly from the ball and clipped to [0, 1]: `restarts`.
+
+    Costs 1 forward each.
+    """
 
     name: ClassVar[str] = "noise"
     source: ClassVar[str] = "control"

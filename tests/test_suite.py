@@ -1,5 +1,6 @@
 """The attack suite inside the harness: least distances, ensembles, random models, surrogates, the norms l1 and l0."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,13 @@ def test_the_report_draws_the_exact_curve_and_says_the_median(model, data, tmp_p
 )
 def test_the_median_is_where_half_are_broken(distances, correct, median):
     assert _least("fmn", np.array(distances), correct)["median"] == median
+
+
+def test_descriptions_have_no_holes(model, data):
+    names = [name for name in attacks.ATTACKS if "linf" in attacks.ATTACKS[name].norms and name != "transfer"]
+    run = robust.run(model, data, attacks=[*names, "foolbox:LinfFastGradientAttack"], eps=0.1, steps=2, queries=2)
+    for attack in run.store.details["attacks"]:
+        assert not re.search(r"[`{}]|\bNone\b", attack["description"]), attack
 
 
 def test_the_report_describes_an_attack_in_whole_sentences(model, data):
