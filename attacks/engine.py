@@ -162,7 +162,9 @@ class _Climb:
         assert self.point is not None
         rung = None if self.found_in is None else self.rung
         if minimal:
-            rung = next((k for k, radius in enumerate(eps) if self.distance <= radius), None)
+            # Rounded as distances are: one that is `enough` is inside.
+            radii = torch.tensor(eps, dtype=self.point.dtype).tolist()
+            rung = next((k for k, radius in enumerate(radii) if self.distance <= radius), None)
         # The last point of a search for the least distance may lie anywhere.
         return Outcome(
             position=self.task.position,

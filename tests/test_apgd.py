@@ -290,6 +290,9 @@ def test_attacks_on_the_least_distance_keep_their_nearest_point():
     assert not outcome.found and outcome.rung is None and torch.equal(outcome.x_adv, x[0])
     soon = list(engine.run(beyond(0.15), Walk(norm="linf"), tasks(x, y), [0.1, 0.3], slots=1, seed=0, enough=0.3))
     assert soon[0].forwards == (2, 0)
+    # A point on the sphere of radius eps is inside, though 0.2 is a little more in float32.
+    (outcome,) = engine.run(beyond(0.15), Walk(norm="linf"), tasks(x, y), [0.2], slots=1, seed=0, enough=0.2)
+    assert outcome.forwards == (2,) and outcome.rung == 0
 
 
 def test_a_random_models_verdict_is_the_vote_and_its_gradient_the_mean():
