@@ -1,6 +1,5 @@
-"""What attacks share that look for the least distance on a ball that closes in on the boundary.
-
-They begin where a linear model has its nearest boundary, and end in a search between the best point and the image.
+"""What FMN, DDN and sigma-zero share: they begin where a linear model has its nearest boundary, and end in a search
+between the best point and the image.
 """
 
 import math
@@ -18,7 +17,7 @@ from attacks.noise import Noise
 from attacks.norms import NORMS, per_slot
 
 SEARCH, WIDTH = 10, 0.1  # steps at the end, and the share of the distance that the first of them would save
-BEYOND = 1.05  # the first point behind the boundary of the linear model, as a multiple of its distance
+BEYOND = 1.005  # the first point behind the boundary of the linear model, as a multiple of its distance
 START = 0.1  # size of the noise in each value from which restarts begin
 FAINT = 1e-6  # of a random direction beside a gradient
 TINY = 1e-12
@@ -26,7 +25,7 @@ TINY = 1e-12
 
 @dataclass(kw_only=True)
 class ClosingState(MinimalState):
-    radius: Tensor  # (B,)
+    radius: Tensor  # (B,) of the ball that closes in on the boundary
     farthest: Tensor  # (B,) distance to the farthest corner of the box
     direction: Tensor  # (B, C, H, W) where to go where the gradient is zero; in l1 and l0, the mean of the gradients
     onto: Tensor  # (B, C, H, W) the shortest way onto a boundary of the linear model
@@ -35,19 +34,16 @@ class ClosingState(MinimalState):
 
 @dataclass(frozen=True, kw_only=True)
 class Closing(Attack):
-    """What FMN and DDN share: a look at each of the likeliest classes, a ball that closes in, a search on a line."""
+    """A look at each of the likeliest classes, steps of the attack's own, a search at the end."""
 
     budget: ClassVar[Literal["fixed", "minimal"]] = "minimal"
 
     steps: int = 100
-    gamma: float = 0.3
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
-        if not 0 < self.gamma < 1:
-            raise ValueError(f"gamma must be between 0 and 1, not {self.gamma}")
 
     @property
     def queries(self) -> int:
@@ -107,7 +103,13 @@ class Closing(Attack):
 
     @abstractmethod
     def _close(self, state: ClosingState, logits: Tensor, grad: Tensor) -> ClosingState:
-        """A step after the first look."""
+        """A step after the looks."""
+
+
+def check_gamma(gamma: float) -> None:
+    """ValueError for what is no share by which a radius could shrink."""
+    if not 0 < gamma < 1:
+        raise ValueError(f"gamma must be between 0 and 1, not {gamma}")
 
 
 def onto_l0(x: Tensor, w: Tensor, gap: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attacks.closing import TINY, Closing, ClosingState, alive, schedule, search_radius
+from attacks.closing import TINY, Closing, ClosingState, alive, check_gamma, schedule, search_radius
 from attacks.norms import per_slot
 
 
@@ -40,6 +40,10 @@ class DDN(Closing):
     norms: ClassVar[tuple[str, ...]] = ("l2",)
 
     gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_gamma(self.gamma)
 
     def _close(self, state: ClosingState, logits: Tensor, grad: Tensor) -> ClosingState:
         fade, turn = schedule(state, self.steps)

@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attacks.closing import TINY, Closing, ClosingState, alive, schedule, search_radius, thinned
+from attacks.closing import TINY, Closing, ClosingState, alive, check_gamma, schedule, search_radius, thinned
 from attacks.norms import NORMS, per_slot, project_l1_box
 
 STEP = {"linf": 2.0, "l2": 0.3, "l1": 0.3, "l0": 1.0}
@@ -54,6 +54,11 @@ class FMN(Closing):
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "l0")
 
     step_size: float | None = None
+    gamma: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_gamma(self.gamma)
 
     def _close(self, state: ClosingState, logits: Tensor, grad: Tensor) -> ClosingState:
         fade, turn = schedule(state, self.steps)

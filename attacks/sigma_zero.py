@@ -2,17 +2,21 @@
 
 Adam descends on the margin that is left plus a smooth count of the changed values, and what has changed by less than
 a threshold is put back after each step. The threshold rises after an adversarial point and falls after another.
+
+Where this departs from the paper:
+- the first steps look, as FMN's do, where a linear model has its boundary with each of the likeliest wrong classes; the
+  nearest is asked about, and Adam begins at the image with its gradient;
+- the last steps leave out values of the best point, the smallest first.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from attacks.attack import Attack, MinimalState
-from attacks.closing import alive, schedule, start, thinned
-from attacks.losses import margin
+from attacks.attack import MinimalState
+from attacks.closing import Closing, ClosingState, alive, schedule, thinned
 from attacks.noise import Noise
 from attacks.norms import NORMS, per_slot
 
@@ -20,16 +24,18 @@ DECAY, DECAY_SQUARE = 0.9, 0.999  # of Adam's means
 
 
 @dataclass(kw_only=True)
-class SigmaZeroState(MinimalState):
+class SigmaZeroState(ClosingState):
     threshold: Tensor  # (B,)
     mean: Tensor  # (B, C, H, W) of the gradients
     mean_square: Tensor  # (B, C, H, W)
-    direction: Tensor  # (B, C, H, W) where to go where the gradient is zero
+    averaged: Tensor  # (B,) gradients in these means
+    begin: Tensor  # (B, C, H, W) where Adam does
 
 
 @dataclass(frozen=True, kw_only=True)
-class SigmaZero(Attack):
-    """`steps` steps of Adam.
+class SigmaZero(Closing):
+    """`steps` steps: the first tenth of them (10 at most) ask at the start about one wrong class each, the last tenth
+    leave out values of the best point, those between are Adam's.
 
     steps: at least 1; every point is judged, the start and the last one included.
     step_size: of the first step, in pixels of [0, 1]. It falls to a tenth along a cosine.
@@ -44,7 +50,6 @@ class SigmaZero(Attack):
     name: ClassVar[str] = "sigma-zero"
     source: ClassVar[str] = "arXiv 2402.01879"
     norms: ClassVar[tuple[str, ...]] = ("l0",)
-    budget: ClassVar[Literal["fixed", "minimal"]] = "minimal"
 
     steps: int = 300
     step_size: float = 1.0
@@ -52,26 +57,26 @@ class SigmaZero(Attack):
     threshold: float = 0.3
     threshold_rate: float = 0.01
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, not {self.steps}")
-
-    @property
-    def queries(self) -> int:
-        return self.steps + 1
-
     def init(self, state: MinimalState, noise: Noise) -> SigmaZeroState:
-        random = noise.normal()
-        state.query = start(state, random, noise)
-        nothing, threshold = torch.zeros_like(state.x), torch.full_like(state.eps, self.threshold)
-        return SigmaZeroState(**vars(state), threshold=threshold, mean=nothing, mean_square=nothing, direction=random)
+        begun = super().init(state, noise)
+        nothing = torch.zeros_like(state.x)
+        return SigmaZeroState(
+            **vars(begun),
+            threshold=torch.full_like(state.eps, self.threshold),
+            mean=nothing,
+            mean_square=nothing,
+            averaged=torch.zeros_like(state.asked),
+            begin=begun.query,
+        )
 
-    def loss(self, logits: Tensor, state: MinimalState) -> Tensor:
-        loss = margin(logits, state.y)
-        return (loss if self.targeted else -loss).clamp(min=0)
-
-    def step(self, state: SigmaZeroState, logits: Tensor, grad: Tensor) -> SigmaZeroState:
+    def _close(self, state: ClosingState, logits: Tensor, grad: Tensor) -> SigmaZeroState:
+        assert isinstance(state, SigmaZeroState)
+        # Down what is left of the margin; first from where the looks were, the nearest of which has left its gradient.
+        first = state.averaged == 0
+        fooled = state.fooled & ~first
+        grad = torch.where(per_slot(first, grad), -state.direction, torch.where(per_slot(fooled, grad), 0, -grad))
+        state.query = torch.where(per_slot(first, grad), state.begin, state.query)
+        state.averaged = state.averaged + 1
         delta = state.query - state.x
         # The gradient of the mean over the values of delta² / (delta² + sigma).
         count = delta.mul(2 * self.sigma / delta[0].numel()).div_(delta.square().add_(self.sigma).square_())
@@ -82,12 +87,12 @@ class SigmaZero(Attack):
         fade, turn = schedule(state, self.steps)
         size = self.step_size * (0.1 + 0.9 * fade)
         # Both means begin at zero; without that they would be larger by these.
-        mean_bias, square_bias = (per_slot(1 - decay**state.asked, grad) for decay in (DECAY, DECAY_SQUARE))
+        mean_bias, square_bias = (per_slot(1 - decay**state.averaged, grad) for decay in (DECAY, DECAY_SQUARE))
         spread = torch.div(state.mean_square, square_bias).sqrt_().add_(1e-8)
         move = torch.div(state.mean, spread).mul_(per_slot(size, grad) / mean_bias)
         delta = (state.query - move).clamp_(0, 1).sub_(state.x)
 
-        drift = torch.where(state.fooled, self.threshold_rate, -self.threshold_rate) * size
+        drift = torch.where(fooled, self.threshold_rate, -self.threshold_rate) * size
         state.threshold = (state.threshold + drift).clamp(0, 1)
         delta.mul_(delta.abs() >= per_slot(state.threshold, delta))
         fewer = thinned(state.best - state.x, turn)

@@ -1,5 +1,7 @@
 """Attacks on the least distance beside the optimum on linear networks, with the box in the way."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -15,18 +17,23 @@ from attacks.fmn import vertex
 from attacks.norms import NORMS
 from toys import conv_net, images, tasks
 
-CLOSING = [("fmn", "linf"), ("fmn", "l2"), ("fmn", "l1"), ("fmn", "l0"), ("ddn", "l2")]
+CLOSING = [("fmn", "linf"), ("fmn", "l2"), ("fmn", "l1"), ("fmn", "l0"), ("ddn", "l2"), ("sigma-zero", "l0")]
 ATTACKS = [*CLOSING, ("fab-t", "linf"), ("fab-t", "l2"), ("fab-t", "l1")]
 FAR = [(name, norm) for name, norm in ATTACKS if norm != "l0"]
 
 
-def linear(x: Tensor, classes: int, seed: int, steepness: float = 1.0) -> nn.Sequential:
-    """A linear network to which the mean of the images is as much of each class."""
-    weight = torch.randn(classes, x[0].numel(), generator=torch.Generator().manual_seed(seed)) * steepness
+def linear(x: Tensor, classes: int, seed: int, shape: Callable[[Tensor], Tensor] = lambda w: w) -> nn.Sequential:
+    """A linear network to which the mean of the images is as much of each class; its weights are shape(normal)."""
+    weight = shape(torch.randn(classes, x[0].numel(), generator=torch.Generator().manual_seed(seed)))
     layer = nn.Linear(x[0].numel(), classes).requires_grad_(False)
     layer.weight.copy_(weight)
     layer.bias.copy_(-weight @ x.flatten(1).mean(0))
     return nn.Sequential(nn.Flatten(), layer)
+
+
+def of_equal_size(weight: Tensor) -> Tensor:
+    """Weights (K, d) of equal size in each class, but not in all of them, lest two be the same."""
+    return weight.sign() * torch.linspace(1, 2, len(weight))[:, None]
 
 
 def sketches(n: int, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -48,9 +55,9 @@ def distances(model: nn.Module, name: str, norm: str, x: Tensor, y: Tensor, slot
 
 
 def optimum(norm: str, w: np.ndarray, x: np.ndarray, need: float) -> float:
-    """The least change of x (d,) inside the box by which w · x rises by `need`; infinite where the box ends before."""
-    w, room = np.abs(w), np.where(w > 0, 1 - x, x)
-    if (w * room).sum() < need:
+    """The least change of x (d,) inside the box by which w · x rises by `need`; infinite where the box ends there."""
+    w, room = np.abs(w[w != 0]), np.where(w > 0, 1 - x, x)[w != 0]
+    if (w * room).sum() <= need:
         return np.inf
     if norm == "linf":
         return brentq(lambda r: (w * np.minimum(r, room)).sum() - need, 0, 1, xtol=1e-13)
@@ -79,12 +86,18 @@ def least(model: nn.Module, norm: str, x: Tensor, y: Tensor) -> Tensor:
 def assert_optimal(model: nn.Module, name: str, norm: str, x: Tensor) -> None:
     y = model(x).argmax(1)
     best, found = least(model, norm, x, y), distances(model, name, norm, x, y)
+    reachable = best.isfinite()
+    assert bool(found[~reachable].isinf().all())
+    best, found = best[reachable], found[reachable]
+    if not len(best):
+        return
     if norm == "l0":
         assert found.tolist() == best.tolist()
     else:
         # Rounding moves the boundary by as much for a near image as for a far one.
         assert float((found - best).min()) > -2e-5 * float(best.max())
-        assert float((found / best).max()) < 1.01
+        far = best > 1e-3  # nearer, rounding would have a say
+        assert bool((found <= 1.01 * best)[far].all())
 
 
 @pytest.mark.parametrize("make", [images, sketches])
@@ -95,12 +108,42 @@ def test_linear_networks_break_at_the_closed_form(name, norm, shape, classes, ma
     assert_optimal(linear(x, classes, seed=3), name, norm, x)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 1000), classes=st.integers(2, 6), channels=st.sampled_from([1, 3]), side=st.integers(3, 7))
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 1000),
+    classes=st.integers(2, 10),
+    channels=st.sampled_from([1, 3]),
+    side=st.integers(1, 7),
+    make=st.sampled_from([images, sketches]),
+    weights=st.sampled_from([lambda w: w, lambda w: w**3, of_equal_size]),
+)
 @pytest.mark.parametrize(("name", "norm"), ATTACKS)
-def test_linear_networks_of_every_shape_break_at_the_closed_form(name, norm, seed, classes, channels, side):
-    x = images(16, (channels, side, side), seed)
-    assert_optimal(linear(x, classes, seed), name, norm, x)
+def test_linear_networks_of_every_kind_break_at_the_closed_form(
+    name, norm, seed, classes, channels, side, make, weights
+):
+    x = make(16, (channels, side, side), seed)
+    assert_optimal(linear(x, classes, seed, weights), name, norm, x)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 1000),
+    classes=st.integers(2, 10),
+    side=st.integers(1, 6),
+    weights=st.sampled_from([lambda w: w, lambda w: w**3, of_equal_size]),
+)
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_autoattack_finds_every_success_within_reach(norm, seed, classes, side, weights):
+    """A hundredth beyond the optimum; by itself APGD, like its original, misses some in all norms."""
+    x = images(3, (1, side, side), seed)
+    model = linear(x, classes, seed, weights)
+    y = model(x).argmax(1)
+    for task, best in zip(tasks(x, y), least(model, norm, x, y).tolist(), strict=True):
+        if 1e-3 < best < np.inf:
+            (outcome,) = attacks.run(
+                model, attacks.make("autoattack", norm, classes=classes), [task], [1.01 * best], slots=1, seed=0
+            )
+            assert outcome.rung == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -123,15 +166,6 @@ def test_boundaries_very_near_are_found_there(name, norm, dtype):
     ratio = distances(model, name, norm, x, y) / best
     # Logits are of size 1 in float32: within 1e-5 of the boundary rounding decides.
     assert float(ratio.min()) > (0.95 if dtype == torch.float32 else 1 - 1e-6) and float(ratio.max()) < 1.01
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_sigma_zero_ends_within_one_value_of_the_optimum(seed):
-    x = images(32, (3, 8, 8), seed)
-    model = linear(x, 10, seed)
-    y = model(x).argmax(1)
-    more = distances(model, "sigma-zero", "l0", x, y) - least(model, "l0", x, y)
-    assert float(more.min()) == 0 and float(more.max()) <= 1 and float((more == 0).double().mean()) > 0.9
 
 
 def test_a_nearer_class_is_preferred_to_a_likelier():
