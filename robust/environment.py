@@ -2,7 +2,8 @@
 
 import platform
 import sys
-from importlib.metadata import version
+from functools import cache
+from importlib import metadata
 from importlib.util import find_spec
 
 import torch
@@ -15,9 +16,14 @@ def environment(device: torch.device, *packages: str) -> dict[str, str]:
     cuda = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     return {
         "robust": __version__,
-        **{name: version(name) for name in ("torch", *packages) if find_spec(name)},
+        **{name: _version(name) for name in ("torch", *packages) if find_spec(name)},
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "device": f"{device}{cuda}",
         "threads": str(torch.get_num_threads()),
     }
+
+
+@cache  # it reads files
+def _version(package: str) -> str:
+    return metadata.version(package)

@@ -307,7 +307,9 @@ class _Job:
             )
             for row in right
         }
-        claims = self._run(self.twin, attack, list(tasks.values()), listener)
+        # First those of which the model is surest: they take longest, and so the batch stays full to the end.
+        surest = sorted(right, key=lambda row: row.clean_confidence, reverse=True)
+        claims = self._run(self.twin, attack, [tasks[row.position] for row in surest], listener)
         verified = self._verify(attack, claims, tasks)
         overlooked = sum(not v.outcome.found and v.fooled for v in verified)
         by_position = {v.outcome.position: v for v in verified}

@@ -58,6 +58,19 @@ def test_clean_errors_count_as_not_robust_and_are_not_attacked(model, data):
     assert set(run.summary.clean_accuracy) == {35 / 40}
 
 
+def test_those_of_which_the_model_is_surest_are_attacked_first(model, data, monkeypatch):
+    order, run = [], attacks.run
+
+    def watched(network, attack, tasks, *args, **options):
+        order.extend(task.position for task in tasks)
+        return run(network, attack, tasks, *args, **options)
+
+    monkeypatch.setattr(attacks, "run", watched)
+    table = robust.run(model, data, attacks=["fgsm"], eps=1e-9).samples
+    confidence = table.clean_confidence[table.clean_pred == table.label]
+    assert order == confidence.sort_values(ascending=False, kind="stable").index.tolist() != sorted(order)
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_every_success_stands_up_to_an_independent_check(model, data, norm):
     x, y = data
