@@ -1,4 +1,4 @@
-"""What FMN, DDN and sigma-zero share: they begin where a linear model has its nearest boundary, and end in a search
+"""What FMN, DDN and sigma-zero share: they first ask where a linear model has its nearest boundary, and end in a search
 between the best point and the image.
 """
 
@@ -27,7 +27,10 @@ TINY = 1e-12
 class ClosingState(MinimalState):
     radius: Tensor  # (B,) of the ball that closes in on the boundary
     farthest: Tensor  # (B,) distance to the farthest corner of the box
-    direction: Tensor  # (B, C, H, W) where to go where the gradient is zero; in l1 and l0, the mean of the gradients
+    direction: (
+        Tensor  # (B, C, H, W) where to go where the gradient is zero: the gradient of the nearest look, noise where
+    )
+    # there is none; in l1 and l0, FMN's mean of the gradients
     onto: Tensor  # (B, C, H, W) the shortest way onto a boundary of the linear model
     nearest: Tensor  # (B,) its length; infinite before there is one
 

@@ -5,7 +5,7 @@ a threshold is put back after each step. The threshold rises after an adversaria
 
 Where this departs from the paper:
 - the first steps look, as FMN's do, where a linear model has its boundary with each of the likeliest wrong classes; the
-  nearest is asked about, and Adam begins at the image with its gradient;
+  nearest is asked about, and Adam begins at the image with its gradient, or with noise where none lies in the box;
 - the last steps leave out values of the best point, the smallest first.
 """
 
@@ -28,7 +28,6 @@ class SigmaZeroState(ClosingState):
     threshold: Tensor  # (B,)
     mean: Tensor  # (B, C, H, W) of the gradients
     mean_square: Tensor  # (B, C, H, W)
-    averaged: Tensor  # (B,) gradients in these means
     begin: Tensor  # (B, C, H, W) where Adam does
 
 
@@ -65,29 +64,28 @@ class SigmaZero(Closing):
             threshold=torch.full_like(state.eps, self.threshold),
             mean=nothing,
             mean_square=nothing,
-            averaged=torch.zeros_like(state.asked),
             begin=begun.query,
         )
 
     def _close(self, state: ClosingState, logits: Tensor, grad: Tensor) -> SigmaZeroState:
         assert isinstance(state, SigmaZeroState)
-        # Down what is left of the margin; first from where the looks were, the nearest of which has left its gradient.
-        first = state.averaged == 0
+        step = state.asked - self._looks(logits)
+        first = step == 1  # from where the looks were, the nearest of which has left its gradient
         fooled = state.fooled & ~first
+        # Down what is left of the margin.
         grad = torch.where(per_slot(first, grad), -state.direction, torch.where(per_slot(fooled, grad), 0, -grad))
         state.query = torch.where(per_slot(first, grad), state.begin, state.query)
-        state.averaged = state.averaged + 1
         delta = state.query - state.x
         # The gradient of the mean over the values of delta² / (delta² + sigma).
         count = delta.mul(2 * self.sigma / delta[0].numel()).div_(delta.square().add_(self.sigma).square_())
-        grad = alive(grad.add_(count), state.direction)
+        grad = alive(grad.add_(count), -state.direction)
         grad.div_(per_slot(NORMS["linf"].distance(grad), grad))
         state.mean = state.mean.lerp(grad, 1 - DECAY)
         state.mean_square = state.mean_square.mul(DECAY_SQUARE).addcmul_(grad, grad, value=1 - DECAY_SQUARE)
         fade, turn = schedule(state, self.steps)
         size = self.step_size * (0.1 + 0.9 * fade)
         # Both means begin at zero; without that they would be larger by these.
-        mean_bias, square_bias = (per_slot(1 - decay**state.averaged, grad) for decay in (DECAY, DECAY_SQUARE))
+        mean_bias, square_bias = (per_slot(1 - decay**step, grad) for decay in (DECAY, DECAY_SQUARE))
         spread = torch.div(state.mean_square, square_bias).sqrt_().add_(1e-8)
         move = torch.div(state.mean, spread).mul_(per_slot(size, grad) / mean_bias)
         delta = (state.query - move).clamp_(0, 1).sub_(state.x)
