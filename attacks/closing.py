@@ -18,6 +18,7 @@ from attacks.norms import NORMS, per_slot
 
 SEARCH, WIDTH = 10, 0.1  # steps at the end, and the share of the distance that the first of them would save
 BEYOND = 1.005  # the first point behind the boundary of the linear model, as a multiple of its distance
+TIE = 1e-6  # change of every value that decides between classes that are level at the image
 START = 0.1  # size of the noise in each value from which restarts begin
 FAINT = 1e-6  # of a random direction beside a gradient
 TINY = 1e-12
@@ -90,8 +91,10 @@ class Closing(Attack):
         """Stay, and learn how far the boundary is in the linear model; after the last look, go beyond the nearest."""
         x, w = state.x.flatten(1), grad.flatten(1)
         gap = ((state.query.flatten(1) - x) * w).sum(1) - self.loss(logits, state)
+        gap = torch.where(gap == 0, TIE * w.abs().sum(1), gap)  # no way is no direction
         onto = onto_l0(x, w, gap) if self.norm == "l0" else ONTO[self.norm](x[:, None], w, gap[:, None]).squeeze(1)
-        reached = (onto * w).sum(1) * gap.sign() >= (1 - 1e-3) * gap.abs()  # the box may end before
+        side = (w * gap[:, None] > 0).to(x.dtype)
+        reached = ((side - x) * w).sum(1).abs() > gap.abs()  # the box may end before
         onto = onto.view_as(grad)
         distance = torch.where(reached, self.ball.distance(onto), torch.inf)
         nearer = distance < state.nearest

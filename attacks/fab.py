@@ -12,7 +12,7 @@ from attacks.losses import difference, margin
 from attacks.noise import Noise
 from attacks.norms import per_slot
 
-SAVED = 0.01  # share of the distance that the search at the end tries to save at first
+SAVED = 0.02  # share of the distance that the search at the end tries to save at first
 
 
 @dataclass(kw_only=True)
@@ -34,7 +34,7 @@ class FAB(Attack):
     alpha_max: the largest weight of the clean image's projection; 0 lets the point wander from its own projection.
     eta: overshoot; 1 stops on the hyperplane, where the sign is a matter of rounding.
     beta: how much of the perturbation stays when it draws back; 1 draws nothing back.
-    search: forwards at the end that try to save a hundredth of the distance, half of that, and so on: by so much the
+    search: forwards at the end that try to save a fiftieth of the distance, half of that, and so on: by so much the
         iterations overshoot. AutoAttack has no such search; the paper's follows a secant, which on a linear network may
         stop short of the boundary for ever, by rounding.
     restarts: all but the first begin at a random point eps / 2 away.
@@ -116,8 +116,9 @@ class FAB(Attack):
 
     def _nearer(self, state: FABState) -> Tensor:
         """The next point of the search at the end."""
-        saved = SAVED * 0.5 ** (state.iteration - self.steps)
-        return torch.lerp(state.best, state.x, per_slot(saved.to(state.x.dtype), state.x))
+        saved = SAVED * 0.5 ** (state.iteration - self.steps).to(state.x.dtype)
+        # In linf, values that the box has stopped stay where they are.
+        return self.ball.project_(state.best - state.x, state.best_distance * (1 - saved)).add_(state.x)
 
     def _ahead(self, x: Tensor, here: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
         """The next point from `here`, where the loss and its gradient are known."""

@@ -170,13 +170,37 @@ def test_boundaries_very_near_are_found_there(name, norm, dtype):
 
 
 def test_a_nearer_class_is_preferred_to_a_likelier():
-    """Class 1 is the likelier, but class 2, of a steep slope, is nearer; class 3 would be, were the box no obstacle."""
-    layer = nn.Linear(4, 4).requires_grad_(False)
-    layer.weight.copy_(torch.tensor([[0.0] * 4, [0.1, 0, 0, 0], [0, 2.0, 0, 0], [0, 0, 5.0, 0]]))
-    layer.bias.copy_(torch.tensor([0.0, -0.08, -1.2, -5.04]))  # here: 0, -0.03, -0.2, -0.04
-    x, y = torch.tensor([0.5, 0.5, 1.0, 0.5]).view(1, 1, 2, 2), torch.tensor([0])
+    """Class 1 is the likelier, but class 2, of a steep slope, is nearer; classes 3 and 4 would be, were the box no
+    obstacle: there is no room for one, and for the other a two thousandth too little.
+    """
+    layer = nn.Linear(4, 5).requires_grad_(False)
+    layer.weight.copy_(torch.tensor([[0.0] * 4, [0.1, 0, 0, 0], [0, 2.0, 0, 0], [0, 0, 5.0, 0], [0, 0, 0, 4.0]]))
+    layer.bias.copy_(torch.tensor([0.0, -0.08, -1.2, -5.04, -4.00002]))  # here: 0, -0.03, -0.2, -0.04, -0.04002
+    x, y = torch.tensor([0.5, 0.5, 1.0, 0.99]).view(1, 1, 2, 2), torch.tensor([0])
+    model = nn.Sequential(nn.Flatten(), layer)
     for name, norm in FAR:
-        assert distances(nn.Sequential(nn.Flatten(), layer), name, norm, x, y).item() == pytest.approx(0.1, rel=1e-2)
+        assert distances(model, name, norm, x, y).item() == pytest.approx(0.1, rel=1e-2)
+    for name in ("fmn", "sigma-zero"):
+        assert distances(model, name, "l0", x, y).item() == 1
+
+
+def test_the_search_leaves_alone_what_the_box_has_stopped():
+    """The heavy value has room for 0.72, the light one has to go to 0.75."""
+    layer = nn.Linear(2, 2).requires_grad_(False)
+    layer.weight.copy_(torch.tensor([[0.0, 0.0], [1.0, 0.02]]))
+    layer.bias.copy_(torch.tensor([0.0, -1 - 0.02 * 0.97]))
+    x, y = torch.tensor([0.28, 0.22]).view(1, 1, 1, 2), torch.tensor([0])
+    for name in ("fab-t", "fmn"):
+        found = distances(nn.Sequential(nn.Flatten(), layer), name, "linf", x, y).item()
+        assert 0.75 - 1e-4 < found < 1.01 * 0.75
+
+
+@pytest.mark.parametrize(("name", "norm"), CLOSING)
+def test_classes_that_are_level_at_the_image_are_told_apart_beside_it(name, norm):
+    x = torch.zeros(1, 3, 4, 4)
+    model = linear(x, 5, seed=3)  # without a bias that is not zero
+    found = distances(model, name, norm, x, model(x).argmax(1)).item()
+    assert found == 1 if norm == "l0" else found < 1e-3
 
 
 @pytest.mark.parametrize(("name", "norm"), [each for each in CLOSING if each[1] != "l0"])
