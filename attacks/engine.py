@@ -236,7 +236,7 @@ def _begin(attack: Attack, climbs: list[_Climb], eps: Sequence[float], seed: int
     }
     # No noise on the rung: what breaks a sample must not depend on which other eps were asked for.
     keys, runs = [climb.task.key for climb in climbs], [climb.run for climb in climbs]
-    noise = Noise(seed, keys, runs, tuple(x.shape[1:]), x.device)
+    noise = Noise(seed, keys, runs, tuple(x.shape[1:]), x.device, x.dtype)
     if attack.budget == "minimal":
         nothing = {"best": x, "best_distance": torch.full((len(x),), torch.inf, device=x.device)}
         return _Slots(climbs, attack.init(MinimalState(**known, **nothing), noise))

@@ -28,6 +28,7 @@ class Noise:
     restarts: Sequence[int]
     shape: tuple[int, ...]  # of one row
     device: torch.device
+    dtype: torch.dtype = torch.float32  # of the tensors; the numbers are the same in each
 
     def uniform(self, step: int = 0, stream: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
         """Uniform in [0, 1), (B, *shape). Draws of different `step` or `stream` are independent."""
@@ -46,4 +47,4 @@ class Noise:
             # The lowest counter word is the one that advances within a draw.
             philox = np.random.Philox(key=words, counter=[0, step, restart, stream])
             row[...] = draw(np.random.Generator(philox), shape)
-        return torch.from_numpy(rows).to(self.device)
+        return torch.from_numpy(rows).to(self.device, self.dtype)

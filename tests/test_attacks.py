@@ -177,6 +177,19 @@ def test_every_point_stays_in_the_ball_and_the_box(name, norm):
         assert float(NORMS[norm].distance(point.double() - x.double()).max()) <= eps + 1e-6
 
 
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [(name, norm) for name, kind in attacks.ATTACKS.items() if name != "transfer" for norm in kind.norms],
+)
+def test_images_in_float64_stay_so(name, norm):
+    model, x = conv_net().double(), images(4).double()
+    options = {"queries": 50} if name == "square" else {"restarts": 2} if "restarts" in attacks.takes(name) else {}
+    for outcome in attacks.run(
+        model, attacks.make(name, norm, **options), tasks(x, predictions(model, x)), [0.1], slots=4, seed=0
+    ):
+        assert outcome.x_adv.dtype == torch.float64
+
+
 def test_noise_is_weaker_than_the_gradient_of_the_same_size():
     model = Linear(300)
     x = 0.5 + 0.02 * (images(40, (3, 10, 10)) - 0.5)
