@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from attacks.attack import Attack, MinimalState, cat
-from attacks.hyperplane import ONTO
+from attacks.hyperplane import ONTO, TIE
 from attacks.losses import difference, margin
 from attacks.noise import Noise
 from attacks.norms import NORMS, per_slot
 
 SEARCH, WIDTH = 10, 0.1  # steps at the end, and the share of the distance that the first of them would save
 BEYOND = 1.005  # the first point behind the boundary of the linear model, as a multiple of its distance
-TIE = 1e-6  # change of every value that decides between classes that are level at the image
+HAIR = 1e-4  # by how much more than the gap to the boundary it aims, as a share of the gap
 START = 0.1  # size of the noise in each value from which restarts begin
 FAINT = 1e-6  # of a random direction beside a gradient
 TINY = 1e-12
@@ -91,8 +91,10 @@ class Closing(Attack):
         """Stay, and learn how far the boundary is in the linear model; after the last look, go beyond the nearest."""
         x, w = state.x.flatten(1), grad.flatten(1)
         gap = ((state.query.flatten(1) - x) * w).sum(1) - self.loss(logits, state)
-        gap = torch.where(gap == 0, TIE * w.abs().sum(1), gap)  # no way is no direction
-        onto = onto_l0(x, w, gap) if self.norm == "l0" else ONTO[self.norm](x[:, None], w, gap[:, None]).squeeze(1)
+        gap = torch.where(gap == 0, TIE * w.abs().sum(1), gap)
+        # A hair beyond, as the boundary may pass through a corner of the box, which ends what goes beyond that.
+        aim = gap[:, None] * (1 + HAIR)
+        onto = onto_l0(x, w, gap) if self.norm == "l0" else ONTO[self.norm](x[:, None], w, aim).squeeze(1)
         side = (w * gap[:, None] > 0).to(x.dtype)
         reached = ((side - x) * w).sum(1).abs() > gap.abs()  # the box may end before
         onto = onto.view_as(grad)

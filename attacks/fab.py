@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attacks.attack import Attack, MinimalState, State
-from attacks.hyperplane import ONTO
+from attacks.hyperplane import ONTO, TIE
 from attacks.losses import difference, margin
 from attacks.noise import Noise
 from attacks.norms import per_slot
@@ -125,6 +125,7 @@ class FAB(Attack):
         w = grad.flatten(1)
         z = torch.stack([here, x], 1).flatten(2)  # (B, 2, d)
         c = torch.stack([-loss, ((here - x).flatten(1) * w).sum(1) - loss], 1)
+        c = torch.where(c == 0, TIE * w.abs().sum(1, keepdim=True), c)  # on the hyperplane, beyond it
         delta = ONTO[self.norm](z, w, c)
         size = self.ball.distance(delta.flatten(0, 1)).view_as(c).clamp_(min=1e-8)
         alpha = (size[:, :1] / size.sum(1, keepdim=True)).clamp_(max=self.alpha_max)

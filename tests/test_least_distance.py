@@ -195,7 +195,18 @@ def test_the_search_leaves_alone_what_the_box_has_stopped():
         assert 0.75 - 1e-4 < found < 1.01 * 0.75
 
 
-@pytest.mark.parametrize(("name", "norm"), CLOSING)
+@pytest.mark.parametrize(("name", "norm"), FAR)
+def test_a_boundary_through_a_corner_of_the_box_is_crossed(name, norm):
+    """In l1 the nearest point has its first and third value turned round, and nothing left to turn farther."""
+    layer = nn.Linear(4, 2, bias=False).requires_grad_(False)
+    layer.weight.copy_(torch.tensor([[1.02, 0.71, 1.71, 0.93], [-0.17, 1.28, -0.19, -0.18]]))
+    model, x, y = nn.Sequential(nn.Flatten(), layer), torch.tensor([1.0, 0, 1, 0]).view(1, 1, 2, 2), torch.tensor([0])
+    delta = distances(model, name, norm, x, y)
+    layer.bias = nn.Parameter(torch.zeros(2), False)
+    assert bool((delta <= 1.01 * least(model, norm, x, y)).all())
+
+
+@pytest.mark.parametrize(("name", "norm"), ATTACKS)
 def test_classes_that_are_level_at_the_image_are_told_apart_beside_it(name, norm):
     x = torch.zeros(1, 3, 4, 4)
     model = linear(x, 5, seed=3)  # without a bias that is not zero
