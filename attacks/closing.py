@@ -28,10 +28,9 @@ TINY = 1e-12
 class ClosingState(MinimalState):
     radius: Tensor  # (B,) of the ball that closes in on the boundary
     farthest: Tensor  # (B,) distance to the farthest corner of the box
-    direction: (
-        Tensor  # (B, C, H, W) where to go where the gradient is zero: the gradient of the nearest look, noise where
-    )
-    # there is none; in l1 and l0, FMN's mean of the gradients
+    # (B, C, H, W): where to go where the gradient is zero: along that of the nearest look, or noise where none is.
+    # FMN in l1 and l0 keeps the mean of the gradients here.
+    direction: Tensor
     onto: Tensor  # (B, C, H, W) the shortest way onto a boundary of the linear model
     nearest: Tensor  # (B,) its length; infinite before there is one
 
