@@ -20,7 +20,7 @@ SEARCH, WIDTH = 10, 0.1  # steps at the end, and the share of the distance that 
 BEYOND = 1.005  # the first point behind the boundary of the linear model, as a multiple of its distance
 HAIR = 1e-4  # by how much more than the gap to the boundary it aims, as a share of the gap
 START = 0.1  # size of the noise in each value from which restarts begin
-FAINT = 1e-6  # of a random direction beside a gradient
+FAINT = 1e-6  # weight of the random direction that stands in for a gradient until there is one
 TINY = 1e-12
 
 
@@ -91,7 +91,7 @@ class Closing(Attack):
         x, w = state.x.flatten(1), grad.flatten(1)
         gap = ((state.query.flatten(1) - x) * w).sum(1) - self.loss(logits, state)
         gap = torch.where(gap == 0, TIE * w.abs().sum(1), gap)
-        # A hair beyond, as the boundary may pass through a corner of the box, which ends what goes beyond that.
+        # A hair beyond: where the boundary passes through a corner of the box, no point farther out can be reached.
         aim = gap[:, None] * (1 + HAIR)
         onto = onto_l0(x, w, gap) if self.norm == "l0" else ONTO[self.norm](x[:, None], w, aim).squeeze(1)
         side = (w * gap[:, None] > 0).to(x.dtype)

@@ -294,5 +294,7 @@ def _ask(
         logits = model(query)[:n]
         (grad,) = torch.autograd.grad(attack.loss(logits, state).sum(), query)
     grad = grad[:n]
+    if not bool(grad.sum().isfinite()):
+        grad = grad.nan_to_num(0, 0, 0)  # what is no number shows no way
     # An attack may overwrite its gradient; that of a sum is one number seen many times.
     return logits.detach(), grad.clone() if 0 in grad.stride() else grad

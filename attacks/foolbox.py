@@ -99,12 +99,13 @@ class FoolboxAttack:
         minimal = issubclass(foolbox_attacks()[self.name], MinimizationAttack)
         x_adv = x.clone()
         rung = torch.full((len(batch),), -1)
+        first = torch.tensor([0 if minimal else task.first for task in batch])
         forwards = np.zeros((len(batch), len(eps)), int)
         gradients = np.zeros((len(batch), len(eps)), int)
         for k in [len(eps) - 1] if minimal else range(len(eps)):
-            standing = torch.nonzero(rung < 0).squeeze(1)
+            standing = torch.nonzero((rung < 0) & (first <= k)).squeeze(1)
             if len(standing) == 0:
-                break
+                continue
             rows = standing.to(x.device)
             counted.forwards = counted.gradients = 0
             found, clipped, success = attack(judge, x[rows], criterion(y[rows]), epsilons=None if minimal else eps[k])
@@ -115,9 +116,9 @@ class FoolboxAttack:
             gradients[at] = _share(counted.gradients, len(rows))
             if minimal:
                 distance = NORMS[self.norm].distance(x_adv - x).cpu()
-                first = torch.searchsorted(torch.tensor(eps), distance - 1e-6)
-                reached = success.cpu() & (first < len(eps))
-                rung = torch.where(reached, first, rung)
+                smallest = torch.searchsorted(torch.tensor(eps), distance - 1e-6)
+                reached = success.cpu() & (smallest < len(eps))
+                rung = torch.where(reached, smallest, rung)
             else:
                 rung[standing[success.cpu()]] = k
         # A search that ended outside every eps, or in NaN, found nothing: its last point is the clean image.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 TINY = 1e-30
-TIE = 1e-6  # how far every value would go beyond a hyperplane on which a point lies, where no way would be no direction
+TIE = 1e-6  # a point on the hyperplane has no way to go: each of its values goes this far beyond
 LARGEST = 64  # in l1, how many of the |w_i| are put in order at first
 
 

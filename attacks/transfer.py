@@ -35,7 +35,7 @@ class Transfer(MIFGSM):
 
     @classmethod
     def cost(cls) -> str:
-        return "1 forward in all"
+        return "1 forward an eps"
 
     def fools(self, pred: Tensor, state: State) -> Tensor:
         return torch.zeros_like(state.y, dtype=torch.bool)  # fooling the surrogate is no reason to stop
@@ -46,10 +46,11 @@ class Transfer(MIFGSM):
         """Like `attacks.engine.run`."""
         standing = list(tasks)
         for rung, radius in enumerate(eps):
-            crafted = engine.run(self.surrogate, self, standing, [radius], slots=slots, seed=seed)
+            begun = [task for task in standing if task.first <= rung]
+            crafted = engine.run(self.surrogate, self, begun, [radius], slots=slots, seed=seed)
             points = {outcome.position: outcome.x_adv for outcome in crafted}
-            left = []
-            for task, fooled in zip(standing, self._judge(model, standing, points, slots, draws), strict=True):
+            left = [task for task in standing if task.first > rung]
+            for task, fooled in zip(begun, self._judge(model, begun, points, slots, draws), strict=True):
                 if not fooled and rung + 1 < len(eps):
                     left.append(task)
                     continue
@@ -59,7 +60,7 @@ class Transfer(MIFGSM):
                     found=fooled,
                     rung=rung if fooled else None,
                     restart=0 if fooled else None,
-                    forwards=tuple(draws if k <= rung else 0 for k in range(len(eps))),
+                    forwards=tuple(draws if task.first <= k <= rung else 0 for k in range(len(eps))),
                     gradients=(0,) * len(eps),
                 )
             standing = left

@@ -1,4 +1,4 @@
-"""The two ways a run can end that are not a result."""
+"""How a run ends that cannot begin, or go on."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches

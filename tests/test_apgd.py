@@ -353,6 +353,16 @@ def test_transfer_judges_the_last_point_of_a_run_on_the_surrogate():
     assert broken[0] < broken[1] <= broken[2] + 1
 
 
+@pytest.mark.parametrize("name", ["transfer", "pgd", "noise", "foolbox:LinfPGD"])
+def test_every_attack_begins_on_the_rung_of_the_task(name):
+    model, x = conv_net(), images(3)
+    attack = attacks.make(name, "linf", surrogate=conv_net(seed=9))
+    begun = [replace(task, first=k) for k, task in enumerate(tasks(x, labels(model, x)))]
+    outcomes = list(attacks.run(model, attack, begun, [1e-6, 2e-6, 3e-6], slots=4, seed=0))
+    asked = {outcome.position: [count > 0 for count in outcome.forwards] for outcome in outcomes}
+    assert asked == {first: [rung >= first for rung in range(3)] for first in range(3)}
+
+
 def test_an_ensemble_is_done_with_a_sample_that_breaks_at_the_rung_it_began_on():
     """The harness begins there what a random model refuted at the smaller eps; nobody asks about those again."""
     always = lambda x: torch.tensor([0.0, 1.0]) + 0 * x.flatten(1).sum(1, keepdim=True)  # noqa: E731
