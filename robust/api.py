@@ -27,7 +27,7 @@ from robust.harness import Listener, check, evaluate, pick_device, plan
 from robust.models import load_model
 from robust.models.model import Model, fingerprint
 from robust.models.prepare import frozen
-from robust.models.probe import check_parameters, count_classes
+from robust.models.probe import check_parameters, count_classes, describe
 from robust.models.scratch import from_scratch
 from robust.options import Options, default_attacks, parse_eps, parse_names, parse_number
 from robust.store import FILENAME, Finding, Store, differences, holds_run
@@ -87,6 +87,11 @@ def run(
     seed: int = 0,
     device: str | None = None,
     conv: str = "torch",
+    weights: str | Path | None = None,
+    input_size: int | None = None,
+    label: str | None = None,
+    data_root: str | Path | None = None,
+    skip_bad_images: bool = False,
     class_names: Sequence[str] | None = None,
     output: str | Path | None = None,
     resume: bool = False,
@@ -99,10 +104,10 @@ def run(
     data: any iterable of (x, y), batches or single samples, x float32 in [0, 1]; or a spec such as "samples".
     attacks: names out of `attacks.names()`, each once; or one such name. None for a few that suit the norm.
     norm: "linf", "l2", "l1", or "l0", which counts the values that change.
-    eps: radii in pixel units, such as 8 / 255 or "8/255"; one or several, which cost little more than one.
+    eps: radii in pixel units, such as 8 / 255 or "8/255"; several are one run.
         None for some that suit the images.
     steps, step_size, random_start: of iterative attacks; None for the attack's own. step_size is a fraction of
-        eps.
+        eps for pgd; for fmn and sigma-zero see docs/attacks.md.
     queries: of square; None for 5000.
     eot: evaluations of every point, for a randomised model: its verdict is their vote, its gradient their mean.
         None for one, and for the twenty of autoattack-rand.
@@ -111,10 +116,16 @@ def run(
     target: a class name or index to reach, instead of any wrong class; its own samples are left out.
     batch_size: rows evaluated at once, at most.
     limit: with a data spec, a class-balanced subset of that many images drawn from `seed`.
+    seed: of every random number, 0 .. 2^64 - 1.
     device: such as "cuda"; None for where the model is.
     conv: "torch", or "scratch" for the same network on the project's own convolution (`robust.conv`).
+    weights, input_size: with a model spec, a state dict (.pth or .safetensors), and the side of the square images.
+    label, data_root, skip_bad_images: with a data spec, the class of a single image, the folder of torchvision's data
+        sets, and whether to leave unreadable images out.
+    class_names: of a module, in label order; specs have their own.
     output: a run directory to write (store and reports); None keeps the run in memory. With `resume`, one that
         was interrupted is continued.
+    save_adversarials: keep every adversarial, in `output`'s adversarials.npz.
 
     An option goes to those of the attacks that take it (`attacks.takes`); the others keep their own.
 
@@ -150,13 +161,22 @@ def run(
         raise InputError("resume needs the output of the run to continue")
     if class_names is not None and not isinstance(model, nn.Module):
         raise InputError("class_names go with a module; a model by its spec has names of its own")
+    if not isinstance(model, str) and not (weights is None and input_size is None):
+        raise InputError("weights and input_size go with a model spec, such as 'resnet50'")
+    if not isinstance(data, str) and (label is not None or data_root is not None or skip_bad_images):
+        raise InputError("label, data_root and skip_bad_images go with a data spec, such as a folder's path")
+    if not isinstance(surrogate, nn.Module | Model | str | None):
+        raise InputError(f"surrogate must be an nn.Module or a spec, not a {type(surrogate).__name__}")
     check(options)
     if isinstance(model, str):
-        model = load_model(model)
+        model = load_model(model, None if weights is None else Path(weights), input_size)
     if isinstance(data, str):
         if isinstance(model, nn.Module):
             raise InputError("a data spec needs a model spec that knows its classes; pass batches of (x, y)")
-        dataset = load_data(data, model, limit=limit, seed=seed)
+        root = None if data_root is None else Path(data_root)
+        dataset = load_data(
+            data, model, limit=limit, seed=seed, label=label, data_root=root, skip_bad_images=skip_bad_images
+        )
     elif limit is not None:
         raise InputError("limit needs a data spec; shorten the iterable instead")
     else:
@@ -174,6 +194,11 @@ def run(
     if output is not None:
         write_reports(done.store, Path(output))
     return done
+
+
+def load(folder: str | Path) -> Run:
+    """The run in `folder`, with its tables; `write(folder)` makes its reports anew. InputError where there is none."""
+    return Run(Store.open(Path(folder)))
 
 
 def execute(
@@ -305,21 +330,23 @@ def _wrap(module: nn.Module, first: Sample, class_names: Sequence[str] | None) -
 
 def _check_reads(surrogate: nn.Module, name: str, first: Sample) -> None:
     """InputError where the surrogate cannot read the model's images."""
-    try:
-        with frozen(surrogate):
+    with frozen(surrogate):
+        try:
             channels, height, width = first.x.shape
             count_classes(surrogate, (channels, height, width))
+        except InputError:
+            size = " x ".join(map(str, first.x.shape))
+            raise InputError(
+                f"the surrogate {name} cannot read the model's images of {size}; name one of the same input size"
+            ) from None
+        try:
             with torch.random.fork_rng(), torch.enable_grad():
                 x = torch.rand(2, *first.x.shape, device=_device_of(surrogate)).requires_grad_()
-                if not surrogate(x).requires_grad:
-                    raise InputError(f"the surrogate {name} passes no gradient to its input; name one that does")
-    except InputError as error:
-        if "passes no gradient" in str(error):
-            raise
-        size = " x ".join(map(str, first.x.shape))
-        raise InputError(
-            f"the surrogate {name} cannot read the model's images of {size}; name one of the same input size"
-        ) from None
+                passes = surrogate(x).requires_grad
+        except Exception as error:  # a user's network may raise anything
+            raise InputError(f"the surrogate {name} fails where gradients are asked for: {describe(error)}") from error
+    if not passes:
+        raise InputError(f"the surrogate {name} passes no gradient to its input; name one that does")
 
 
 def _listed(names: Sequence[str] | str) -> Sequence[str]:

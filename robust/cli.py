@@ -1,12 +1,14 @@
 """What the command lines of the project share: how a model is named, how a run is repeated, how they end.
 
-0 done; 1 a gate or an attack failed; 2 the input or the options are wrong, said in one line on stderr; 130 interrupted.
+0 done; 1 a gate or an attack failed; 2 the input or the options are wrong, said in one line on stderr; 3 a fault of
+this project, with its traceback; 130 interrupted.
 """
 
 import io
 import re
 import sqlite3
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -53,12 +55,12 @@ def main(command: Callable[..., Any]) -> NoReturn:
         if disk_is_full(error):
             _fail("the disk is full: make room, then repeat it with --output and --resume; what is done is kept")
         if not isinstance(error, OSError) and "readonly" not in str(error):
-            raise
+            _fault()
         _fail(f"{error}; mend that, or name another --output, and repeat the command; what is done is kept")
     except Exception as error:
         usage = getattr(error, "format_message", None)
         if usage is None:
-            raise
+            _fault()
         _fail(f"{usage()} (see --help)")
 
 
@@ -75,6 +77,12 @@ def without_output(arguments: Sequence[str]) -> Iterator[str]:
 def slug(model: str) -> str:
     """A model's spec as part of a folder's name."""
     return re.sub(r"[^A-Za-z0-9_.@-]+", "-", model).strip("-.")
+
+
+def _fault() -> NoReturn:
+    """A code of its own, as 1 is a verdict."""
+    traceback.print_exc()
+    sys.exit(3)
 
 
 def _fail(message: str) -> NoReturn:

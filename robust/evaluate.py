@@ -64,7 +64,7 @@ def evaluate(
     eps: Annotated[
         str | None,
         typer.Option(
-            help="Radius in pixels of \\[0, 1], such as 8/255; several by commas cost little more than one. "
+            help="Radius in pixels of \\[0, 1], such as 8/255; several by commas are one run. "
             "Default: a few that suit the images.",
             rich_help_panel=_ATTACK,
         ),
@@ -76,7 +76,7 @@ def evaluate(
     step_size: Annotated[
         str | None,
         typer.Option(
-            help="Step as a fraction of eps, of pgd and a few others. Default: the attack's own, 4 / steps for pgd.",
+            help="Step of pgd as a fraction of eps (default: 4 / steps), and the first of fmn and sigma-zero.",
             rich_help_panel=_ATTACK,
         ),
     ] = None,
@@ -135,8 +135,8 @@ def evaluate(
     """Attack an image classifier and report its accuracy under perturbation.
 
     Without options it evaluates the bundled network on the bundled images, offline, in a minute or two.
-    Pixels are in \\[0, 1]; eps is in that unit. Exit codes: 0 done, 1 an attack failed, 2 wrong input, 130
-    interrupted.
+    Pixels are in \\[0, 1]; eps is in that unit. Exit codes: 0 done, 1 an attack failed, 2 wrong input, 3 a fault
+    of robust itself, 130 interrupted.
     """
     if list_models or list_attacks:
         _print_names(list_models)
@@ -223,7 +223,7 @@ def _print_attacks() -> None:
     import attacks
 
     options = {name: " ".join(attacks.takes(name)).replace("_", "-") or "-" for name in attacks.names()}
-    rows = [("name", "norms", "kind", "cost", "options", "source")]
+    rows = [("name", "norms", "kind", "cost a step", "options", "source")]
     rows += [
         (name, " ".join(kind.norms), kind.kind(), kind.cost(), options[name], kind.source)
         for name, kind in attacks.ATTACKS.items()

@@ -146,6 +146,7 @@ def evaluate(
                 stack.enter_context(frozen(module))
         stack.enter_context(_deterministic())
         stack.enter_context(_own_randomness(plan.device))
+        stack.enter_context(_readable_exhaustion(options.batch_size))
         _keep_freed_memory()
         job: _Job | None = None
         end = 0
@@ -216,7 +217,8 @@ class _Job:
         channels, height, width = few.shape[1:]
         count_classes(model.module, (channels, height, width))  # says what is wrong with a module that fails
         _seed(options.seed, 0, "preflight")
-        with _readable_failure(model):
+        both_ways = "it must take one image and several, with gradients and without"
+        with _readable_failure(model, "the first images", both_ways):
             logits = _logits(model.module, few, model.num_classes)
             findings = list(preflight(model, few, logits, options.draws))
             has_gradient = has_input_gradient(model, few)
@@ -472,7 +474,8 @@ class _Job:
 
     def _ask(self, x: Tensor) -> Tensor:
         module, rows = self.model.module, self.options.batch_size
-        parts = [_logits(module, padded(part, rows), self.model.num_classes)[: len(part)] for part in x.split(rows)]
+        with _readable_failure(self.model, f"batches of up to {rows} images", "give a batch_size that it takes"):
+            parts = [_logits(module, padded(part, rows), self.model.num_classes)[: len(part)] for part in x.split(rows)]
         return torch.cat(parts)
 
     def _results(self, row: Clean, attack: str, verified: _Verified | None) -> Iterator[Result]:
@@ -591,16 +594,24 @@ def _seed(seed: int, start: int, what: str) -> None:
 
 
 @contextlib.contextmanager
-def _readable_failure(model: Model) -> Iterator[None]:
-    """InputError for whatever a user's module raises, when it is first asked about real images and gradients."""
+def _readable_failure(model: Model, images: str, advice: str) -> Iterator[None]:
+    """InputError for whatever a user's module raises when it is asked about these images."""
     try:
         yield
-    except InputError:
+    except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        raise InputError(f"the model {model.name} fails on {images}: {describe(error)}; {advice}") from error
+
+
+@contextlib.contextmanager
+def _readable_exhaustion(batch_size: int) -> Iterator[None]:
+    """InputError for memory that the device has not."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
         raise InputError(
-            f"the model {model.name} fails on the first images: {describe(error)}; it must take one image and several, "
-            "with gradients and without"
+            f"the device has too little memory ({describe(error)}): batch_size is {batch_size}, give a smaller one"
         ) from error
 
 

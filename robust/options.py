@@ -74,6 +74,8 @@ class Options:
             raise unknown("norm", str(self.norm), NORMS)
         if self.random_start not in (None, True, False):
             raise InputError(f"random_start must be True or False, not {self.random_start!r}")
+        if self.random_start is not None:  # whatever library it comes from
+            object.__setattr__(self, "random_start", bool(self.random_start))
         if self.conv not in CONVS:
             raise unknown("conv", str(self.conv), CONVS)
         if not self.attacks:
@@ -101,7 +103,7 @@ class Options:
         if not 0 <= self.seed < 2**64:
             raise InputError(f"seed must lie in 0 .. 2^64 - 1, not {self.seed}")
         if self.step_size is not None and not 0 < self.step_size <= 2:
-            raise InputError(f"step_size is a fraction of eps above 0 and at most 2, not {self.step_size:g}; try 0.1")
+            raise InputError(f"step_size must be above 0 and at most 2, not {self.step_size:g}; try 0.1")
 
     @property
     def draws(self) -> int:

@@ -246,6 +246,19 @@ class Outputs(nn.Module):
         return self.make(x)
 
 
+class Trains(nn.Module):
+    """Answers, but not where gradients are asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = conv_net()
+
+    def forward(self, x):
+        if x.requires_grad:
+            raise ValueError("no gradients here")
+        return self.net(x)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -306,6 +319,11 @@ def test_what_is_wrong_whatever_the_model_is_is_said_before_it_is_loaded(data, u
         ({"class_names": range(5)}, "class_names must be 5 strings, in label order"),
         ({"device": "meta"}, "device 'meta' cannot be used"),
         ({"output": 3}, "output must be a folder's path, not 3"),
+        ({"attacks": ["pgd", "transfer"], "surrogate": 5}, "surrogate must be an nn.Module or a spec, not a int"),
+        ({"attacks": ["transfer"], "surrogate": Trains()}, "the surrogate Trains fails where gradients are asked for"),
+        ({"weights": "w.pth"}, "weights and input_size go with a model spec"),
+        ({"label": "cat"}, "label, data_root and skip_bad_images go with a data spec"),
+        ({"attacks": ["pgd"], "random_start": np.bool_(False), "restarts": 2}, "restarts means nothing to pgd"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(model, data, changes, message):
@@ -335,6 +353,18 @@ def test_numbers_of_every_library(model, data):
     assert run.samples.equals(same.samples)
     options = robust.run(model, data, attacks="noise", eps=torch.tensor(0.5)).store.identity["options"]
     assert options["eps"] == [0.5]
+
+
+def test_a_finished_run_is_loaded_and_written_anew(model, data, tmp_path):
+    run = robust.run(model, data, attacks=["fgsm"], eps=0.02, output=tmp_path / "run")
+    summary = (tmp_path / "run" / "summary.csv").read_bytes()
+    (tmp_path / "run" / "summary.csv").unlink()
+    loaded = robust.load(tmp_path / "run")
+    assert loaded.samples.equals(run.samples)
+    loaded.write(tmp_path / "run")
+    assert (tmp_path / "run" / "summary.csv").read_bytes() == summary
+    with pytest.raises(InputError, match="no run at"):
+        robust.load(tmp_path / "none")
 
 
 def test_a_run_made_in_a_thread_is_read_in_another(model, data):
@@ -590,6 +620,33 @@ class Squeezes(nn.Module):
         return self.net(x) if len(x) > 1 else self.net(x).view(7, 3)
 
 
+class Small(nn.Module):
+    """Takes eight images at most; more are too many for it or, with `memory`, for its device."""
+
+    def __init__(self, memory: bool):
+        super().__init__()
+        self.net, self.memory = conv_net(), memory
+
+    def forward(self, x):
+        if len(x) > 8:
+            raise torch.OutOfMemoryError("out of memory") if self.memory else ValueError("too many")
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        (True, r"the device has too little memory \(OutOfMemoryError: .*\): batch_size is 64, give a smaller one"),
+        (False, "the model Small fails on batches of up to 64 images: ValueError: too many; give a batch_size"),
+    ],
+)
+def test_a_model_that_fails_on_large_batches_is_refused_in_a_line(memory, message, data, tmp_path):
+    with pytest.raises(InputError, match=message):
+        robust.run(Small(memory), data, attacks=["fgsm"], eps=[0.02], output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert len(robust.run(Small(memory), data, attacks=["fgsm"], eps=[0.02], batch_size=8).samples) == len(data[1])
+
+
 @pytest.mark.parametrize("module", [InPlace, Squeezes])
 def test_a_model_that_fails_on_the_first_images_is_refused_in_a_line(module, data, tmp_path):
     with pytest.raises(InputError, match=r"fails on the first images: RuntimeError: .*; it must take one image and"):
@@ -624,6 +681,12 @@ def test_a_sound_model_raises_no_alarm_but_for_its_few_samples(model, data):
         (lambda model: Outputs(lambda x: model(x) + 0.1 * torch.randn(len(x), 5)), "deterministic", "warn"),
         (lambda model: Outputs(lambda x: model((x * 8).round() / 8)), "gradients", "fail"),
         (lambda model: Outputs(lambda x: model(x - x.mean(0))), "rows independent", "fail"),
+        (
+            lambda model: Outputs(lambda x: model(x - x.mean(0)) + 1e-4 * torch.randn(len(x), 5)),
+            "rows independent",
+            "fail",
+        ),
+        (lambda model: Outputs(lambda x: model(x) + (x - x).sum((1, 2, 3)).sqrt()[:, None]), "gradients", "fail"),
     ],
 )
 def test_planted_faults_are_found(model, data, fault, name, expected):
@@ -633,6 +696,37 @@ def test_planted_faults_are_found(model, data, fault, name, expected):
         torch.manual_seed(0)
         run = robust.run(planted, (x[5:], y[5:]), attacks=["fgsm", "noise"], eps=[0.02])
     assert level(run, name) == expected
+
+
+def test_rows_that_mix_are_found_on_a_single_image(model, data):
+    x, y = data
+    mixing = Outputs(lambda x: model(x - x.mean(0)))
+    assert level(robust.run(mixing, (x[5:6], y[5:6]), attacks="noise", eps=0.02), "rows independent") == "fail"
+    assert level(robust.run(model, (x[5:6], y[5:6]), attacks="noise", eps=0.02), "rows independent") == "pass"
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.05), ("l2", 0.5)])
+def test_a_gradient_that_is_no_number_leaves_the_image_standing(model, data, norm, eps):
+    blind = Outputs(lambda x: model(x) + (x - x).sum((1, 2, 3)).sqrt()[:, None])
+    run = robust.run(blind, data, attacks=["pgd", "noise"], norm=norm, eps=eps, steps=5, random_start=False)
+    sees = robust.run(model, data, attacks=["pgd"], norm=norm, eps=eps, steps=5, random_start=False)
+    worst = run.summary.set_index("attack").robust_accuracy
+    assert worst["pgd"] == run.summary.clean_accuracy.iloc[0] > sees.summary.robust_accuracy.iloc[0]
+
+
+def test_attacks_no_better_than_noise_are_found():
+    model, x = Linear(432), images(40)
+    data = x, model(x).argmax(1)
+    lost = Outputs(lambda x: model(x.detach()) + 1e-9 * x.sum((1, 2, 3))[:, None])
+    run = robust.run(lost, data, attacks=["pgd", "noise"], eps=0.3, steps=10, step_size=1e-6)
+    assert level(run, "noise control") == "warn"
+    run = robust.run(model, data, attacks=["pgd", "noise"], eps=[0.001, 0.3], steps=10)
+    assert level(run, "noise control") == "pass"
+
+
+def test_foolboxs_attacks_without_gradients_are_not_taken_for_blind_ones(model, data):
+    run = robust.run(model, data, attacks=["foolbox:LinfAdditiveUniformNoiseAttack", "square"], eps=0.05, queries=300)
+    assert {f.name for f in run.findings if f.level != "pass"} == {"sample size", "attack strength"}
 
 
 def test_masked_gradients_lose_to_noise_and_are_found(model, data):
