@@ -251,6 +251,13 @@ def test_a_bad_image_stops_the_run_or_is_counted(project, capsys):
     assert "1 unreadable" in findings["images read"]["message"] and "bad.png" in findings["images read"]["message"]
 
 
+def test_a_fault_of_ours_is_no_verdict(project, capsys, monkeypatch):
+    monkeypatch.setattr("robust.api.evaluate", lambda *args: 1 / 0)
+    code, _, err = run(f"{COMMON} --output out", capsys)
+    assert code == 3
+    assert "Traceback" in err and err.rstrip().endswith("ZeroDivisionError: division by zero")
+
+
 def test_a_full_disk_keeps_what_is_done(project, capsys, monkeypatch):
     add_unit = Store.add_unit
 
