@@ -12,6 +12,7 @@ from attacks.noise import sample_key
 from robust.conv import gates
 from robust.conv.gates import Gate
 from robust.conv.ladder import Measurement
+from robust.precision import arithmetic
 
 NETWORK = "the network"
 EXACT = 1e-8  # relative, in float64: rounding makes 1e-14 of it, a fault 1e-3 or more
@@ -55,7 +56,7 @@ def agree(
     agree to rounding, gradient and all; and in the precision under test.
     """
     x = x.to(gates.PRECISIONS[precision])
-    with gates.arithmetic(precision):
+    with arithmetic(precision):
         torchs = _answers(original, x, labels, batch)
         with gates.poisoned():
             found = _answers(converted, x, labels, batch)
@@ -103,7 +104,7 @@ def attack(
     batch: int,
 ) -> Attacked:
     """The attack on x (N, C, H, W) in [0, 1] in linf, with the same random numbers on both networks, in float32."""
-    with gates.arithmetic("float32"):
+    with arithmetic("float32"):
         y = classes(original, x, batch)
         tasks = [attacks.Task(k, sample_key(ids[k]), x[k], int(y[k])) for k in range(len(x))]
         made = attacks.make(name, "linf", steps=steps)

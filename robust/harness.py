@@ -31,6 +31,7 @@ from robust.models.model import Model
 from robust.models.prepare import fast_twin, frozen
 from robust.models.probe import count_classes, describe
 from robust.options import Options
+from robust.precision import arithmetic
 from robust.store import Clean, Picture, Result, Store
 
 # What float32 arithmetic may add to a distance that was projected onto eps: this, and this share of eps.
@@ -144,7 +145,7 @@ def evaluate(
             if module is not None:
                 stack.enter_context(_on(module, plan.device))
                 stack.enter_context(frozen(module))
-        stack.enter_context(_deterministic())
+        stack.enter_context(arithmetic("float32"))
         stack.enter_context(_own_randomness(plan.device))
         stack.enter_context(_readable_exhaustion(options.batch_size))
         _keep_freed_memory()
@@ -688,17 +689,3 @@ def _keep_freed_memory() -> None:
     It holds for the rest of the process, as if the process had freed such a block itself.
     """
     torch.empty(2**25 - 2**14, dtype=torch.uint8)
-
-
-@contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
-    """True float32 and repeatable kernels while the block runs."""
-    cudnn, matmul = torch.backends.cudnn, torch.get_float32_matmul_precision()
-    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
-    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = True, False, False
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = before
-        torch.set_float32_matmul_precision(matmul)

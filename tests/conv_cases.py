@@ -1,7 +1,6 @@
 """The convolutions on which every algorithm is tested, what goes into them, and float64 torch to compare with."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -10,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn import grad as gradients
 
 from robust.conv.algorithm import Algorithm, Epilogue
+from robust.conv.gates import poisoned
 from robust.conv.geometry import Geometry, Pair
 
 T = TypeVar("T")
@@ -190,27 +190,17 @@ def assert_any_memory(algorithm: Algorithm, case: Case, memory: str, dtype: torc
 
 
 def assert_epilogue(algorithm: Algorithm, case: Case) -> None:
-    """Scale, shift, residual and ReLU before the one rounding to float32; a mask before the input gradient."""
+    """Shift, residual and ReLU before the one rounding to float32; a mask before the input gradient."""
     x, weight, g = randoms(case, dtype=torch.float32)
-    scale, shift = torch.linspace(0.5, 2, case.filters), torch.linspace(-1, 1, case.filters)
+    shift = torch.linspace(-1, 1, case.filters)
     residual, mask = torch.randn(2, *g.shape, generator=torch.Generator().manual_seed(1))
     sums = reference(Inputs(x, weight, g), case.geometry).y
     packed = algorithm.pack(weight, case.geometry)
-    y = algorithm.forward(x, packed, case.geometry, Epilogue(scale, shift, residual, relu=True))
-    expected = (sums * scale.double().view(-1, 1, 1) + shift.double().view(-1, 1, 1) + residual.double()).relu()
+    y = algorithm.forward(x, packed, case.geometry, Epilogue(shift, residual, relu=True))
+    expected = (sums + shift.double().view(-1, 1, 1) + residual.double()).relu()
     torch.testing.assert_close(y, expected.float(), rtol=2**-23, atol=1e-12)
 
     packed = algorithm.pack_input_grad(weight, case.geometry)
     x_grad = algorithm.input_grad(g, packed, case.geometry, case.size, mask)
     expected = reference(Inputs(x, weight, g * (mask > 0)), case.geometry).input_grad
     torch.testing.assert_close(x_grad, expected.float(), rtol=2**-23, atol=1e-12)
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Memory that torch hands out uninitialised is full of NaN, so that no result may rest on what was there."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)

@@ -67,9 +67,9 @@ def run(purpose: str, geometry: Geometry, dtype: torch.dtype, n: int, c: int, k:
     x = torch.empty(n, c, side, side, dtype=dtype, device="meta")
     weight = torch.empty(k, c // geometry.groups, *geometry.kernel, dtype=dtype, device="meta")
     y = torch.empty(n, k, *geometry.output_size((side, side)), dtype=dtype, device="meta")
-    scale = torch.empty(k, device="meta")
+    shift = torch.empty(k, device="meta")
     if purpose == "forward":
-        kernels.forward(x, kernels.pack(weight, geometry), geometry, Epilogue(scale, scale, y, relu=True))
+        kernels.forward(x, kernels.pack(weight, geometry), geometry, Epilogue(shift, y, relu=True))
     elif purpose == "input_grad":
         kernels.input_grad(y, kernels.pack_input_grad(weight, geometry), geometry, (side, side), mask=y)
     elif purpose == "weight_grad":

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conv_cases import CASES, MEMORY, Case, integers, poisoned, randoms, relative_error
+from conv_cases import CASES, MEMORY, Case, integers, randoms, relative_error
 from robust.conv import functional
 from robust.conv.algorithm import ALGORITHMS, algorithm
 from robust.conv.functional import choose, conv2d, conv2d_frozen
+from robust.conv.gates import poisoned
 from robust.conv.geometry import Geometry
 
 CPU = torch.device("cpu")
@@ -123,29 +124,23 @@ def test_only_the_gradients_asked_for_are_computed(monkeypatch: pytest.MonkeyPat
 
 # Frozen, with its epilogue
 
-EPILOGUES = [dict(zip(("scale", "shift", "residual", "relu"), bits, strict=True)) for bits in product((0, 1), repeat=4)]
+EPILOGUES = [dict(zip(("shift", "residual", "relu"), bits, strict=True)) for bits in product((0, 1), repeat=3)]
 
 
 def frozen(name: str, case: Case, epilogue: dict[str, int], dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
     """conv2d_frozen and torch's words for it, each of (x, residual); and x, residual and the gradient at the output."""
     x, weight, g = randoms(case, dtype=dtype)
-    scale = torch.linspace(-0.5, 2, case.filters, dtype=dtype) if epilogue["scale"] else None
     shift = torch.linspace(-1, 1, case.filters, dtype=dtype) if epilogue["shift"] else None
     residual = torch.randn(g.shape, generator=torch.Generator().manual_seed(3), dtype=dtype)
     chosen, relu = algorithm(name), bool(epilogue["relu"])
-    packed = chosen.pack(weight, case.geometry)
-    scaled = weight if scale is None else weight * scale.view(-1, 1, 1, 1)
-    packed_grad = chosen.pack_input_grad(scaled, case.geometry)
+    packed, packed_grad = chosen.pack(weight, case.geometry), chosen.pack_input_grad(weight, case.geometry)
     channels = (case.channels, case.filters)
 
     def ours(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return conv2d_frozen(
-            x, packed, packed_grad, channels, case.geometry, name, scale, shift, residual, relu
-        )  # fmt: skip
+        return conv2d_frozen(x, packed, packed_grad, channels, case.geometry, name, shift, residual, relu)
 
     def torchs(x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = F.conv2d(x, weight, None, *how(case.geometry))
-        y = y if scale is None else y * scale.view(-1, 1, 1)
         y = y if shift is None else y + shift.view(-1, 1, 1)
         y = y if residual is None else y + residual
         return y.relu() if relu else y
@@ -187,17 +182,17 @@ def arguments(case: Case) -> dict[str, tuple[Any, ...]]:
     """Operator -> what to call it with."""
     name = "im2col"
     x, weight, g = randoms(case)
-    scale = torch.linspace(1, 2, case.filters, dtype=torch.float64)
+    bias = torch.linspace(1, 2, case.filters, dtype=torch.float64)
     kernel, *others = (list(pair) for pair in (case.geometry.kernel, *how(case.geometry)[:3]))
     rest = (*others, case.geometry.groups, name)
     chosen, size, channels = algorithm(name), list(x.shape[2:]), [case.channels, case.filters]
     packed, packed_grad = chosen.pack(weight, case.geometry), chosen.pack_input_grad(weight, case.geometry)
     return {
-        "conv2d": (x.requires_grad_(), weight.requires_grad_(), scale.clone().requires_grad_(), *rest),
+        "conv2d": (x.requires_grad_(), weight.requires_grad_(), bias.clone().requires_grad_(), *rest),
         "conv2d_input_grad": (g.clone().requires_grad_(), weight, size, *rest),
         "conv2d_weight_grad": (x, g.clone().requires_grad_(), kernel, *rest),
         "conv2d_frozen": (
-            x, packed, packed_grad, scale, scale, g.clone().requires_grad_(), True, channels, kernel, *rest,
+            x, packed, packed_grad, bias, g.clone().requires_grad_(), True, channels, kernel, *rest,
         ),
         "conv2d_frozen_grad": (g, g, packed_grad, channels, size, kernel, *rest),
     }  # fmt: skip

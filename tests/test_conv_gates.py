@@ -1,4 +1,4 @@
-"""The gates are what CONVOLUTION says they are, the shapes those of the network, and the ladder sees planted faults."""
+"""The gates are those of docs/convolution.md, the shapes those of the network, and the ladder sees planted faults."""
 
 import copy
 import math
@@ -16,6 +16,7 @@ from robust.conv import gates, im2col, ladder, toeplitz, winograd
 from robust.conv.gates import Gate, Results
 from robust.conv.geometry import Geometry
 from robust.conv.shapes import Shape, miniatures, shapes
+from robust.precision import arithmetic
 from toys import conv_net, images
 
 CPU = torch.device("cpu")
@@ -155,9 +156,9 @@ def test_arithmetic_is_put_back() -> None:
         return torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
 
     before = settings()
-    with gates.arithmetic("tf32"):
+    with arithmetic("tf32"):
         assert settings() == ("high", True, True, False)
-    with gates.arithmetic("float32"):
+    with arithmetic("float32"):
         assert settings() == ("highest", False, True, False)
     assert settings() == before
 

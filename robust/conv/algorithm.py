@@ -1,5 +1,6 @@
 """What every rung of the ladder offers: a convolution and its two gradients, on weights packed once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
@@ -12,23 +13,19 @@ from robust.conv.geometry import Geometry, Pair
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What is done with a sum before it is stored: y = relu(sum · scale + shift + residual), each part optional.
+    """What is done with a sum before it is stored: y = relu(sum + shift + residual), each part optional.
 
-    `scale` and `shift` are (K,), in eval mode a batch-norm's or a bias; `residual` is of the output's shape.
+    `shift` is (K,), a bias, or what `frozen.fold` made of it and a batch-norm; `residual` is of the output's shape.
     """
 
-    scale: Tensor | None = None
     shift: Tensor | None = None
     residual: Tensor | None = None
     relu: bool = False
 
     def apply_(self, y: Tensor, axis: int = 1) -> Tensor:
         """In place on y, whose channels are on `axis`, for algorithms that do not fuse it."""
-        tail = (1,) * (y.ndim - 1 - axis % y.ndim)
-        if self.scale is not None:
-            y.mul_(self.scale.view(-1, *tail))
         if self.shift is not None:
-            y.add_(self.shift.view(-1, *tail))
+            y.add_(self.shift.view(-1, *(1,) * (y.ndim - 1 - axis % y.ndim)))
         if self.residual is not None:
             y.add_(self.residual)
         return y.relu_() if self.relu else y
@@ -37,10 +34,14 @@ class Epilogue:
 BARE = Epilogue()  # the sum itself
 
 
+def empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Memory for a result of that shape, channels_last, in `like`'s dtype."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
 def stored(result: Tensor, like: Tensor) -> Tensor:
     """A result in `like`'s dtype, rounded once, and channels_last in memory."""
-    out = torch.empty(result.shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-    return out.copy_(result)
+    return empty(result.shape, like).copy_(result)
 
 
 class Algorithm(Protocol):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust.conv.algorithm import ALGORITHMS, Algorithm, Epilogue
+from robust.conv.algorithm import ALGORITHMS, Algorithm, Epilogue, empty
 from robust.conv.algorithm import algorithm as _algorithm
 from robust.conv.geometry import Geometry, Pair
 
@@ -45,18 +45,17 @@ def conv2d_frozen(
     channels: Pair,
     geometry: Geometry,
     algorithm: str,
-    scale: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """relu(conv(x) · scale + shift + residual) with weights packed once; differentiable, once, in x and residual.
+    """relu(conv(x) + shift + residual) with weights packed once; differentiable, once, in x and residual.
 
-    `channels` are (C, K). `packed` is what the algorithm's `pack` made of the weight, `packed_grad` what its
-    `pack_input_grad` made of weight · scale: `frozen.FrozenConv2d` sees to it.
+    `channels` are (C, K). `packed` and `packed_grad` are what the algorithm's `pack` and `pack_input_grad` made of the
+    weight; shift is (K,), residual of the output's shape. ValueError where x or the residual does not fit.
     """
     return torch.ops.robust.conv2d_frozen(
-        x, packed, packed_grad, scale, shift, residual, relu, list(channels), list(geometry.kernel),
+        x, packed, packed_grad, shift, residual, relu, list(channels), list(geometry.kernel),
         list(geometry.stride), list(geometry.padding), list(geometry.dilation), geometry.groups, algorithm,
     )  # fmt: skip
 
@@ -101,7 +100,7 @@ def _(
 ) -> Tensor:  # fmt: skip
     geometry = _geometry(_taps(weight), stride, padding, dilation, groups)
     _check(x, weight, bias, geometry)
-    return _like(x, x.shape[0], weight.shape[0], geometry.output_size((x.shape[2], x.shape[3])))
+    return empty((x.shape[0], weight.shape[0], *geometry.output_size((x.shape[2], x.shape[3]))), x)
 
 
 @torch.library.custom_op("robust::conv2d_input_grad", mutates_args=())
@@ -119,7 +118,7 @@ def _(
     g: Tensor, weight: Tensor, size: list[int], stride: list[int], padding: list[int], dilation: list[int],
     groups: int, algorithm: str,
 ) -> Tensor:  # fmt: skip
-    return _like(g, g.shape[0], weight.shape[1] * groups, (size[0], size[1]))
+    return empty((g.shape[0], weight.shape[1] * groups, *size), g)
 
 
 @torch.library.custom_op("robust::conv2d_weight_grad", mutates_args=())
@@ -139,7 +138,7 @@ def _(
     x: Tensor, g: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
     groups: int, algorithm: str,
 ) -> Tensor:  # fmt: skip
-    return _like(x, g.shape[1], x.shape[1] // groups, (kernel[0], kernel[1]))
+    return empty((g.shape[1], x.shape[1] // groups, *kernel), x)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -179,24 +178,24 @@ _weight_grad.register_autograd(_weight_grad_backward, setup_context=_keep)
 
 @torch.library.custom_op("robust::conv2d_frozen", mutates_args=())
 def _frozen(
-    x: Tensor, packed: list[Tensor], packed_grad: list[Tensor], scale: Tensor | None, shift: Tensor | None,
-    residual: Tensor | None, relu: bool, channels: list[int], kernel: list[int], stride: list[int],
-    padding: list[int], dilation: list[int], groups: int, algorithm: str,
+    x: Tensor, packed: list[Tensor], packed_grad: list[Tensor], shift: Tensor | None, residual: Tensor | None,
+    relu: bool, channels: list[int], kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
+    groups: int, algorithm: str,
 ) -> Tensor:  # fmt: skip
     geometry = _geometry(kernel, stride, padding, dilation, groups)
     _check_frozen(x, packed[0], residual, channels, geometry)
-    return _own(_algorithm(algorithm).forward(x, packed, geometry, Epilogue(scale, shift, residual, relu)))
+    return _own(_algorithm(algorithm).forward(x, packed, geometry, Epilogue(shift, residual, relu)))
 
 
 @_frozen.register_fake
 def _(
-    x: Tensor, packed: list[Tensor], packed_grad: list[Tensor], scale: Tensor | None, shift: Tensor | None,
-    residual: Tensor | None, relu: bool, channels: list[int], kernel: list[int], stride: list[int],
-    padding: list[int], dilation: list[int], groups: int, algorithm: str,
+    x: Tensor, packed: list[Tensor], packed_grad: list[Tensor], shift: Tensor | None, residual: Tensor | None,
+    relu: bool, channels: list[int], kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
+    groups: int, algorithm: str,
 ) -> Tensor:  # fmt: skip
     geometry = _geometry(kernel, stride, padding, dilation, groups)
     _check_frozen(x, packed[0], residual, channels, geometry)
-    return _like(x, x.shape[0], channels[1], geometry.output_size((x.shape[2], x.shape[3])))
+    return empty((x.shape[0], channels[1], *geometry.output_size((x.shape[2], x.shape[3]))), x)
 
 
 @torch.library.custom_op("robust::conv2d_frozen_grad", mutates_args=())
@@ -213,11 +212,11 @@ def _(
     g: Tensor, mask: Tensor | None, packed_grad: list[Tensor], channels: list[int], size: list[int],
     kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int, algorithm: str,
 ) -> Tensor:  # fmt: skip
-    return _like(g, g.shape[0], channels[0], (size[0], size[1]))
+    return empty((g.shape[0], channels[0], *size), g)
 
 
 def _keep_frozen(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, packed_grad, _, _, residual, relu, channels, *others = inputs
+    x, packed, packed_grad, _, residual, relu, channels, *others = inputs
     ctx.channels, ctx.size, ctx.others = channels, list(x.shape[2:]), others
     ctx.with_residual, ctx.with_relu, ctx.packed = residual is not None, relu, len(packed)
     ctx.save_for_backward(*packed_grad, *([output] if relu else []))
@@ -234,7 +233,7 @@ def _frozen_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         dx = torch.ops.robust.conv2d_frozen_grad(g, mask, packed_grad, ctx.channels, ctx.size, *ctx.others)
     # A list of tensors has a list of gradients.
     frozen = [None] * ctx.packed, [None] * len(packed_grad)
-    return dx, *frozen, None, None, g if ctx.with_residual else None, *[None] * 8
+    return dx, *frozen, None, g if ctx.with_residual else None, *[None] * 8
 
 
 _frozen.register_autograd(_frozen_backward, setup_context=_keep_frozen)
@@ -254,10 +253,6 @@ def _chosen(name: str, geometry: Geometry, channels: Pair, x: Tensor) -> Algorit
 def _own(y: Tensor) -> Tensor:
     """Not a view of the matrix that it was computed as: autograd lets nobody change views in place."""
     return y.detach()
-
-
-def _like(x: Tensor, n: int, channels: int, size: Pair) -> Tensor:
-    return torch.empty(n, channels, *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _geometry(

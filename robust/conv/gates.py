@@ -168,20 +168,6 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-@contextmanager
-def arithmetic(precision: str) -> Iterator[None]:
-    """float32 products in full or, in tf32, as a GPU's tensor cores form them; the same kernels every time."""
-    cudnn, matmul = torch.backends.cudnn, torch.get_float32_matmul_precision()
-    before = cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
-    cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = precision == "tf32", True, False
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
-        torch.set_float32_matmul_precision(matmul)
-
-
 def _largest(values: list[float]) -> float:
     """NaN where one is, which `max` may overlook."""
     return torch.tensor(values, dtype=torch.float64).max().item()

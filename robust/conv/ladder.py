@@ -12,6 +12,7 @@ from robust.conv.algorithm import ALGORITHMS, algorithm
 from robust.conv.functional import choose, conv2d, for_weight_grad
 from robust.conv.gates import NAMES, PRECISIONS, Gate, Results
 from robust.conv.shapes import Shape
+from robust.precision import arithmetic
 
 MINIATURE_BATCH = 2
 MINIATURE_ONLY = ("direct", "toeplitz")  # whose cost at full size is out of all proportion
@@ -96,7 +97,7 @@ def measure(shape: Shape, batch: int, precision: str, device: torch.device, aske
     picked = choose(shape.geometry, (shape.channels, shape.filters), dtype, device)
     name = "auto" if asked in ("auto", picked) or misfit(asked, shape, dtype, device) else asked
     names = Results(picked, picked, for_weight_grad(picked)) if name == "auto" else Results(name, name, name)
-    with gates.arithmetic(precision):
+    with arithmetic(precision):
         rows = [*_on_randoms(shape, batch, precision, device, name, names)]
         if all(gates.is_exact(count, by) for count, by in zip(terms, names, strict=True)):
             rows += _on_integers(shape, batch, dtype, device, name)

@@ -20,13 +20,13 @@ def pieces(b: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, epilogue: Epilogue = BARE) -> Tensor:
-    """relu(a @ b.T · scale + shift + residual), each part optional: (M, K), `pieces` of (N, K) -> (M, N).
+    """relu(a @ b.T + shift + residual), each part optional: (M, K), `pieces` of (N, K) -> (M, N).
 
     In float32 by oneDNN's product, which uses a CPU's widest registers whoever made it, and does the epilogue while the
     sums are in cache; torch.mm calls MKL, which leaves half of them idle on some. oneDNN adds up the products one after
     the other: in pieces, the rounding errors of a long sum stay as small as those of a short one.
     """
-    if epilogue.scale is not None or not _has_onednn(a):
+    if not _has_onednn(a):
         return epilogue.apply_(torch.mm(a, b.transpose(0, 1).flatten(1).t()), axis=-1)
     linear, y, shift = torch.ops.mkldnn._linear_pointwise, epilogue.residual, epilogue.shift
     if len(b) == 1 and y is None:

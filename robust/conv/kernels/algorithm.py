@@ -6,7 +6,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from robust.conv.algorithm import Epilogue
+from robust.conv.algorithm import Epilogue, empty
 from robust.conv.geometry import Geometry, Pair
 from robust.conv.kernels.launch import INTERPRETED, convolve, weight_gradient
 
@@ -33,11 +33,11 @@ def pack(weight: Tensor, geometry: Geometry) -> list[Tensor]:
 
 def forward(x: Tensor, packed: list[Tensor], geometry: Geometry, epilogue: Epilogue) -> Tensor:
     (weight,) = packed
-    y = _empty(x, _channels(weight), geometry.output_size((x.shape[2], x.shape[3])))
+    y = empty((len(x), _channels(weight), *geometry.output_size((x.shape[2], x.shape[3]))), x)
     residual = None if epilogue.residual is None else _nhwc(epilogue.residual)
     convolve(
         _operand(x, geometry), weight, y, geometry.stride, _start(geometry), geometry.dilation,
-        scale=epilogue.scale, shift=epilogue.shift, residual=residual, relu=epilogue.relu,
+        shift=epilogue.shift, residual=residual, relu=epilogue.relu,
     )  # fmt: skip
     return y
 
@@ -62,7 +62,7 @@ def input_grad(
     g: Tensor, packed: list[Tensor], geometry: Geometry, size: Pair, *, mask: Tensor | None = None
 ) -> Tensor:
     """With `mask`, of g's shape, g counts only where that is positive: given a ReLU's output, through that ReLU."""
-    dx = _empty(g, _channels(packed[0]), size)
+    dx = empty((len(g), _channels(packed[0]), *size), g)
     phases = list(geometry.phases(size))
     if not all(row.taps and column.taps for row, column in phases):
         dx.zero_()  # one pass for all pixels that no output saw
@@ -115,11 +115,6 @@ def _widened(tensor: Tensor, geometry: Geometry) -> Tensor:
 
 def _nhwc(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
-
-
-def _empty(like: Tensor, channels: int, size: Pair) -> Tensor:
-    shape = (len(like), channels, *size)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -21,7 +21,6 @@ def convolve(
     w_ptr,  # (J, R, S, K)
     y_ptr,  # (N, P, Q, K), y_n, y_p, y_q elements apart
     mask_ptr,  # None, or x's shape: x counts only where this is positive
-    scale_ptr,  # None, or (K,)
     shift_ptr,  # None, or (K,)
     residual_ptr,  # None, or y's shape and strides
     M,  # N·P·Q
@@ -74,7 +73,7 @@ def convolve(
             acc += x.to(tl.float32) * weight.to(tl.float32)[None, :]
 
     y_pixel = (n.to(tl.int64) * y_n + p * y_p + q * y_q) * K_UNIT
-    finish(acc, y_ptr, scale_ptr, shift_ptr, residual_ptr, y_pixel, rows, 0, first, K, RELU, BLOCK_M, BLOCK_N)
+    finish(acc, y_ptr, shift_ptr, residual_ptr, y_pixel, rows, 0, first, K, RELU, BLOCK_M, BLOCK_N)
 
 
 # One tap and BLOCK_N channels a program, the pixels in shares as in `gemm`:

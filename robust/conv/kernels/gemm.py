@@ -26,7 +26,6 @@ def convolve(
     w_ptr,  # (groups·K, R, S, C)
     y_ptr,  # (N, P, Q, groups·K), y_n, y_p, y_q elements apart
     mask_ptr,  # None, or x's shape: x counts only where this is positive
-    scale_ptr,  # None, or (groups·K,)
     shift_ptr,  # None, or (groups·K,)
     residual_ptr,  # None, or y's shape and strides
     M,  # N·P·Q
@@ -101,9 +100,7 @@ def convolve(
         weight = tl.load(w_ptr + w_offsets, mask=columns[None, :] & (c < C)[:, None], other=0.0)
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
 
-    finish(
-        acc, y_ptr, scale_ptr, shift_ptr, residual_ptr, y_pixel, rows, group * K, first, K, RELU, BLOCK_M, BLOCK_N
-    )  # fmt: skip
+    finish(acc, y_ptr, shift_ptr, residual_ptr, y_pixel, rows, group * K, first, K, RELU, BLOCK_M, BLOCK_N)
 
 
 # One tap and BLOCK_N channels a program, with the pixels m = (n, p, q) for the K axis, cut into `splits` shares:

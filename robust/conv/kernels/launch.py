@@ -37,12 +37,11 @@ def convolve(
     dilation: Pair,
     *,
     mask: Tensor | None = None,
-    scale: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> None:
-    """y = relu(Σ x · weight · scale + shift + residual), where the window of output p begins at input p·stride + start.
+    """y = relu(Σ x · weight + shift + residual), where the window of output p begins at input p·stride + start.
 
     x and mask (N, C, H, W) and residual (N, K, P, Q) are channels_last in memory; of y the channels are adjacent.
     weight is (groups, K / groups, R, S, C / groups), or (J, R, S, K) for the depthwise kernel.
@@ -68,7 +67,7 @@ def convolve(
         sizes |= {"BLOCK_K": tile.k, "PRECISION": "tf32" if how == "tf32" else "ieee"}
         grid = (ceil_div(m, tile.m) * ceil_div(k, tile.n), groups)
     launch(
-        kernel, grid, tile, x_ptr=x, w_ptr=weight, y_ptr=y, mask_ptr=mask, scale_ptr=scale, shift_ptr=shift,
+        kernel, grid, tile, x_ptr=x, w_ptr=weight, y_ptr=y, mask_ptr=mask, shift_ptr=shift,
         residual_ptr=residual, RELU=relu, y_n=y.stride(0), y_p=y.stride(2), y_q=y.stride(3), **sizes, **window,
     )  # fmt: skip
 

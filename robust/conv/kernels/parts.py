@@ -15,7 +15,6 @@ PLAIN = [
 def finish(
     acc,  # (BLOCK_M, BLOCK_N) fp32
     y_ptr,  # (N, P, Q, groups·K), of any strides but for the channels, which are adjacent
-    scale_ptr,  # None, or (groups·K,)
     shift_ptr,  # None, or (groups·K,)
     residual_ptr,  # None, or y's shape and strides
     pixel,  # (BLOCK_M,) int64: where in y each row begins
@@ -27,27 +26,25 @@ def finish(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """y = relu(acc · scale + shift + residual), rounded once: the `Epilogue` of `robust.conv.algorithm`."""
+    """y = relu(acc + shift + residual), rounded once: the `Epilogue` of `robust.conv.algorithm`."""
     HALF: tl.constexpr = BLOCK_N // 2
     if BLOCK_N > 64:  # a large tile beside as large a residual would not fit the registers
         left, right = tl.split(acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1))
-        _store(left, y_ptr, scale_ptr, shift_ptr, residual_ptr, pixel, rows, first, k + tl.arange(0, HALF), K, RELU)
+        _store(left, y_ptr, shift_ptr, residual_ptr, pixel, rows, first, k + tl.arange(0, HALF), K, RELU)
         k += HALF
-        _store(right, y_ptr, scale_ptr, shift_ptr, residual_ptr, pixel, rows, first, k + tl.arange(0, HALF), K, RELU)
+        _store(right, y_ptr, shift_ptr, residual_ptr, pixel, rows, first, k + tl.arange(0, HALF), K, RELU)
     else:
-        _store(acc, y_ptr, scale_ptr, shift_ptr, residual_ptr, pixel, rows, first, k + tl.arange(0, BLOCK_N), K, RELU)
+        _store(acc, y_ptr, shift_ptr, residual_ptr, pixel, rows, first, k + tl.arange(0, BLOCK_N), K, RELU)
 
 
 @triton.jit
 def _store(
-    acc, y_ptr, scale_ptr, shift_ptr, residual_ptr, pixel, rows, first,  # as above
+    acc, y_ptr, shift_ptr, residual_ptr, pixel, rows, first,  # as above
     k,  # (BLOCK_N,)
     K,
     RELU: tl.constexpr,
 ):  # fmt: skip
     columns, channel = k < K, first + k
-    if scale_ptr is not None:
-        acc *= tl.load(scale_ptr + channel, mask=columns, other=0.0).to(tl.float32)[None, :]
     if shift_ptr is not None:
         acc += tl.load(shift_ptr + channel, mask=columns, other=0.0).to(tl.float32)[None, :]
     offsets = pixel[:, None] + channel[None, :]

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from robust.conv.algorithm import empty
 from robust.conv.geometry import Geometry, Pair
 from robust.conv.kernels.launch import launch, window_of
 from robust.conv.kernels.parts import PLAIN
@@ -22,7 +23,7 @@ def max_pool(x: Tensor, geometry: Geometry, output: Pair) -> tuple[Tensor, Tenso
     image has -inf. `output` is of the geometry, or by ceil_mode one more along an axis.
     """
     shape = (*x.shape[:2], *output)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    y = empty(shape, x)
     taps = torch.empty(shape, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last)
     if y.numel():
         x = x.contiguous(memory_format=torch.channels_last)
@@ -32,8 +33,7 @@ def max_pool(x: Tensor, geometry: Geometry, output: Pair) -> tuple[Tensor, Tenso
 
 def max_pool_grad(g: Tensor, taps: Tensor, geometry: Geometry, size: Pair) -> Tensor:
     """The gradient (N, C, *size) at the input, from that at the output (N, C, P, Q) and the taps that won."""
-    shape = (*g.shape[:2], *size)
-    dx = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=torch.channels_last)
+    dx = empty((*g.shape[:2], *size), g)
     if dx.numel():
         g = g.contiguous(memory_format=torch.channels_last)
         _launch(_max_pool_grad, dx, g, geometry, math.prod(size), x_ptr=g, y_ptr=dx, taps_ptr=taps)
