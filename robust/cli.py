@@ -17,7 +17,7 @@ import typer
 
 from robust.errors import InputError
 
-MODEL = "Model"  # the panel of --help that these are in
+MODEL = "Model"  # the panels of --help that these are in
 ModelSpec = Annotated[
     str,
     typer.Option(
@@ -32,6 +32,21 @@ Weights = Annotated[
 InputSize = Annotated[
     int | None,
     typer.Option(help="Side of the square images that the model takes, in pixels.", rich_help_panel=MODEL),
+]
+
+DATA = "Data"
+DataSpec = Annotated[
+    str,
+    typer.Option(
+        help="samples (20 images that foolbox ships), a folder or .zip of class folders, an .npz with x and y, "
+        "an image file (with --label), or a torchvision data set by name.",
+        rich_help_panel=DATA,
+    ),
+]
+Label = Annotated[str | None, typer.Option(help="Class of a single image: name, index or wnid.", rich_help_panel=DATA)]
+DataRoot = Annotated[Path | None, typer.Option(help="Where torchvision's data sets lie.", rich_help_panel=DATA)]
+SkipBadImages = Annotated[
+    bool, typer.Option("--skip-bad-images", help="Leave unreadable images out, and count them.", rich_help_panel=DATA)
 ]
 
 

@@ -13,7 +13,7 @@ from robust import cli
 from robust.errors import InputError
 from robust.options import Options, default_attacks, parse_eps, parse_names, parse_number
 
-_MODEL, _DATA, _ATTACK, _RUN = cli.MODEL, "Data", "Attack", "Run"
+_MODEL, _DATA, _ATTACK, _RUN = cli.MODEL, cli.DATA, "Attack", "Run"
 
 
 def evaluate(
@@ -28,28 +28,14 @@ def evaluate(
             rich_help_panel=_MODEL,
         ),
     ] = "torch",
-    data: Annotated[
-        str,
-        typer.Option(
-            help="samples (20 images that foolbox ships), a folder or .zip of class folders, an .npz with x and y, "
-            "an image file (with --label), or a torchvision data set by name.",
-            rich_help_panel=_DATA,
-        ),
-    ] = "samples",
-    label: Annotated[
-        str | None, typer.Option(help="Class of a single image: name, index or wnid.", rich_help_panel=_DATA)
-    ] = None,
-    data_root: Annotated[
-        Path | None, typer.Option(help="Where torchvision's data sets lie.", rich_help_panel=_DATA)
-    ] = None,
+    data: cli.DataSpec = "samples",
+    label: cli.Label = None,
+    data_root: cli.DataRoot = None,
     limit: Annotated[
         int | None,
         typer.Option(help="Use a class-balanced subset of N images, drawn from the seed.", rich_help_panel=_DATA),
     ] = None,
-    skip_bad_images: Annotated[
-        bool, typer.Option("--skip-bad-images", help="Leave unreadable images out, and count them.",
-                           rich_help_panel=_DATA)
-    ] = False,
+    skip_bad_images: cli.SkipBadImages = False,
     attack: Annotated[
         list[str] | None,
         typer.Option(

@@ -108,7 +108,10 @@ def verify(
     x = torch.stack([sample.x for sample in samples]).to(where)
     labels = torch.tensor([sample.y for sample in samples], device=where)
     if any(isinstance(part, layers.Conv2d) for part in model.module.modules()):
-        raise InputError(f"{model.name} is on the project's own layers as it is: there is no torch to hold it against")
+        raise InputError(
+            f"{model.name} is on the project's own layers as it is, so that there is no torch to hold it against; name "
+            "another --model"
+        )
     original = copy.deepcopy(model.module).to(where).eval().requires_grad_(False)
     _check_network(original, x[:1])
 
@@ -127,6 +130,8 @@ def verify(
     misfits = {ladder.misfit(algorithm, shape, dtype, where) for shape in found} if algorithm != "auto" else set()
     by = algorithm if misfits <= {None} else "auto"
     converted, notes = _converted(model.name, rounded, x[:2].to(dtype), by)
+    if data.skipped:
+        notes.append(f"Unreadable images left out: {len(data.skipped)}, the first {data.skipped[0]}")
     if by != algorithm:
         why = "; ".join(filter(None, misfits))
         notes.append(f"The whole network is computed by what auto picks, as {algorithm} {why}")

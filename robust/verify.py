@@ -17,20 +17,27 @@ from robust import cli
 from robust.errors import InputError
 from robust.options import parse_number
 
-_DATA, _GATES, _RUN = "Data", "What is measured", "Run"
+_DATA, _GATES, _RUN = cli.DATA, "What is measured", "Run"
 
 
 def verify(
-    model: cli.ModelSpec = "efficientnet_lite0",
+    model: Annotated[  # not cli.ModelSpec, which names models too that are on the project's layers as they are
+        str,
+        typer.Option(
+            help="torchvision name, [bold]torchvision:NAME@WEIGHTS[/], [bold]timm:NAME[/], the bundled "
+            "efficientnet_lite0, or [bold]file.py:factory[/] (module:factory).",
+            rich_help_panel=cli.MODEL,
+        ),
+    ] = "efficientnet_lite0",
     weights: cli.Weights = None,
     input_size: cli.InputSize = None,
-    data: Annotated[
-        str, typer.Option(help="Images as robust.evaluate takes them: samples, a folder, an .npz ...",
-                          rich_help_panel=_DATA)
-    ] = "samples",
+    data: cli.DataSpec = "samples",
+    label: cli.Label = None,
+    data_root: cli.DataRoot = None,
     limit: Annotated[
         int, typer.Option(help="Use a class-balanced subset of N images, drawn from the seed.", rich_help_panel=_DATA)
     ] = 20,
+    skip_bad_images: cli.SkipBadImages = False,
     dtype: Annotated[
         str,
         typer.Option(
@@ -73,7 +80,8 @@ def verify(
     of the network at full size, forward and both gradients, against torch in
     float64; the whole network's logits and input gradient; FGSM and PGD on the
     original and on the network without torch's convolution.
-    Exit codes: 0 all gates hold, 1 one does not, 2 wrong input.
+    Exit codes: 0 all gates hold, 1 one does not, 2 wrong input, 3 a fault of
+    robust itself, 130 interrupted.
     """
     radius = None if eps is None else parse_number(eps, "eps")
     output = output or Path("runs") / f"verify-{cli.slug(model)}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -88,7 +96,9 @@ def verify(
     from robust.models import load_model
 
     loaded = load_model(model, weights, input_size)
-    dataset = load_data(data, loaded, limit=limit, seed=seed)
+    dataset = load_data(
+        data, loaded, limit=limit, seed=seed, label=label, data_root=data_root, skip_bad_images=skip_bad_images
+    )
     console = Console()
     try:
         with _progress(console, quiet) as listener:

@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 import robust.verify
+from data_files import image_bytes, pattern, write_tree
 from reports.verify import COLUMNS, shape_rows
 from reports.verifyterminal import print_tables
 from robust import cli, verification
@@ -63,6 +64,11 @@ def seeded(kind):
 
 def net():
     return seeded(Net)
+
+def ten():
+    net = seeded(Net)
+    net.head = nn.Linear(8, 10)
+    return net
 
 class Undecided(Net):
     def forward(self, x):
@@ -165,6 +171,25 @@ def test_a_right_network_passes_all_gates_and_leaves_three_reports(project: Path
     assert tuple(rows[0]) == COLUMNS
     assert len(rows) == len(written["gates"])
     assert {row["limit"] for row in rows if row["gate"] == "error"} == {"", "1e-08"}
+
+
+def test_a_single_image_with_its_label(project: Path, capsys: Any) -> None:
+    write_tree(project, {"panda.png": image_bytes(pattern(12, 10))})
+    model = load_model("model.py:net")
+    (sample,) = load_data("panda.png", model, label="0")
+    label = model.module(sample.x[None]).argmax().item()
+    assert run(f"--data panda.png --label {label} --output out", capsys)[0] == 0
+    assert report(project / "out")["data"] == {"name": "panda.png", "images": 1, "correct": 1}
+
+
+def test_unreadable_images_are_left_out_and_counted(project: Path, capsys: Any) -> None:
+    photos = {f"photos/{label}/a.png": image_bytes(pattern(12, 10, seed=label)) for label in range(5)}
+    write_tree(project, photos | {"photos/3/b.png": b"no image"})
+    code, _, err = run("--data photos", capsys)
+    assert code == 2 and "photos/3/b.png" in err and "--skip-bad-images" in err
+    code, out, _ = run("--data photos --skip-bad-images --output out", capsys)
+    assert code == 0 and "Note: Unreadable images left out: 1, the first 3/b.png" in out
+    assert report(project / "out")["data"]["images"] == 5
 
 
 def test_the_page_says_it_in_order_and_refers_to_nothing_outside(project: Path, capsys: Any) -> None:
@@ -389,7 +414,9 @@ def test_layers_that_are_still_torchs_are_named_and_their_names_escaped(project:
         ("--eps 4", "did you mean 4/255?"),
         ("--eps four", "eps 'four' is no number"),
         ("--data nowhere.npz", "nowhere.npz"),
+        ("--data cifar10 --data-root full --model model.py:ten", "CIFAR10 is not under --data-root full ("),
         ("--model model.py:nothing", "nothing"),
+        ("--model mnist_cnn --data samples:mnist", "on the project's own layers as it is"),
         ("--model model.py:detached", "the model passes no gradient back to its input"),
         ("--output full", "full holds a verification already; name another --output"),
     ],
@@ -426,8 +453,9 @@ def test_help_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for option in ("--model", "--dtype", "--algorithm", "--batch-size"):
+    for option in ("--model", "--label", "--data-root", "--skip-bad-images", "--dtype", "--algorithm", "--batch-size"):
         assert option in done.stdout
+    assert "efficientnet_lite0" in done.stdout and "mnist_cnn" not in done.stdout  # which it refuses
 
 
 def test_a_share_of_a_bound_that_is_missed_is_shown_as_it_is(project: Path) -> None:
