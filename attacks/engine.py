@@ -39,7 +39,8 @@ def run(
     found on a sample depends on (seed, key) and not on its company in the batch.
 
     draws: evaluations of each point, for models that are random: gradients and logits are averaged, and the
-        class is the vote of the draws (EOT, arXiv 1802.00420).
+        class is the vote of the draws (EOT, arXiv 1802.00420). A run goes on until all draws are fooled, and has
+        otherwise found the point that most of them were fooled by: the first majority is often a lucky one.
     enough: attacks on the least distance stop on a sample once they have come within this.
     """
     minimal = attack.budget == "minimal"
@@ -60,14 +61,19 @@ def run(
         state.asked += 1
         last = attack.last(state)
         wants_grad = attack.needs_grad and bool((attack.wants_grad(state) & ~last).any())
-        logits, grad, state.fooled = _evaluate(model, attack, state, wants_grad, room, draws)
+        logits, grad, state.fooled, doubt = _evaluate(model, attack, state, wants_grad, room, draws)
         if isinstance(state, MinimalState):
             _keep_nearest(attack, state)
             done = state.best_distance <= enough
-        elif attack.strays:
-            done = state.fooled & inside(attack.ball, state.query - state.x, state.eps)
         else:
             done = state.fooled
+            if attack.strays:
+                done = done & inside(attack.ball, state.query - state.x, state.eps)
+            if draws > 1:
+                likely = done & (doubt > 0)
+                for row in likely.nonzero().squeeze(1).tolist():
+                    asking.climbs[row].keep(state.query[row], float(doubt[row]))
+                done = done & ~likely
 
         starting = []
         ended = done | last
@@ -77,7 +83,7 @@ def run(
             broken = done[over]
             for climb, fell, left in zip(gone.climbs, broken.tolist(), _left(gone.state, broken), strict=True):
                 climb.end(*left, draws)
-                if fell or not climb.advance():
+                if fell or (climb.found and not minimal) or not climb.advance():
                     yield climb.outcome(eps, minimal)
                 else:
                     starting.append(climb)
@@ -137,8 +143,17 @@ class _Climb:
     rung: int = 0
     run: int = 0
     point: Tensor | None = field(default=None, repr=False)  # what it has to show: the nearest, else the last
-    distance: float = math.inf
+    distance: float = math.inf  # of a fixed budget, where all points are as near: the share of draws not fooled
     found_in: int | None = None
+
+    @property
+    def found(self) -> bool:
+        return self.found_in is not None
+
+    def keep(self, point: Tensor, distance: float) -> None:
+        """Take an adversarial point that is not the last of its run."""
+        if distance < self.distance:
+            self.point, self.distance, self.found_in = point.clone(), distance, self.run
 
     def end(self, asked: int, graded: int, point: Tensor, distance: float, draws: int) -> None:
         """Take what one run leaves: its point, adversarial where its distance is finite."""
@@ -146,7 +161,7 @@ class _Climb:
         self.gradients[self.rung] += graded * draws
         if distance < self.distance:
             self.point, self.distance, self.found_in = point, distance, self.run
-        elif self.found_in is None:
+        elif not self.found:
             self.point = point
 
     def advance(self) -> bool:
@@ -160,7 +175,7 @@ class _Climb:
 
     def outcome(self, eps: Sequence[float], minimal: bool) -> Outcome:
         assert self.point is not None
-        rung = None if self.found_in is None else self.rung
+        rung = self.rung if self.found else None
         if minimal:
             # Rounded as distances are: one that is `enough` is inside.
             radii = torch.tensor(eps, dtype=self.point.dtype).tolist()
@@ -168,8 +183,8 @@ class _Climb:
         # The last point of a search for the least distance may lie anywhere.
         return Outcome(
             position=self.task.position,
-            x_adv=self.task.x if minimal and self.found_in is None else self.point,
-            found=self.found_in is not None,
+            x_adv=self.task.x if minimal and not self.found else self.point,
+            found=self.found,
             rung=rung,
             restart=self.found_in,
             forwards=tuple(self.forwards),
@@ -265,21 +280,30 @@ def padded(x: Tensor, slots: int) -> Tensor:
 
 
 def vote(draws: Sequence[Tensor]) -> Tensor:
-    """The class (B,) most often predicted by several draws of logits (B, K); of equals the lowest."""
-    return draws[0].argmax(1) if len(draws) == 1 else torch.stack([logits.argmax(1) for logits in draws]).mode(0).values
+    """The class (B,) most often predicted by several draws of logits (B, K); of equals the one of the largest mean."""
+    if len(draws) == 1:
+        return draws[0].argmax(1)
+    logits = torch.stack(tuple(draws))
+    votes = torch.nn.functional.one_hot(logits.argmax(2), logits.shape[2]).sum(0)
+    return logits.mean(0).where(votes == votes.amax(1, keepdim=True), -torch.inf).argmax(1)
 
 
 def _evaluate(
     model: Callable[[Tensor], Tensor], attack: Attack, state: State, wants_grad: bool, slots: int, draws: int
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """At the queries: logits (B, K), the gradient of the attack's loss (B, C, H, W) if wanted, who is fooled (B,)."""
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """At the queries: logits (B, K), the gradient of the attack's loss (B, C, H, W) if wanted, who is fooled (B,), and
+    the share of draws that are not (B,), for attacks within a fixed eps.
+    """
     parts = [_ask(model, attack, state, wants_grad, slots) for _ in range(draws)]
     logits, grad = parts[0]
-    pred = vote([drawn for drawn, _ in parts])
+    fooled = attack.fools(vote([drawn for drawn, _ in parts]), state)
+    doubt = ~fooled
     if draws > 1:
+        if attack.budget == "fixed":
+            doubt = torch.stack([~attack.fools(drawn.argmax(1), state) for drawn, _ in parts]).float().mean(0)
         logits = torch.stack([drawn for drawn, _ in parts]).mean(0)
         grad = torch.stack([drawn for _, drawn in parts if drawn is not None]).mean(0) if wants_grad else None
-    return logits, grad, attack.fools(pred, state)
+    return logits, grad, fooled, doubt
 
 
 def _ask(

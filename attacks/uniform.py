@@ -9,7 +9,7 @@ from attacks.noise import Noise
 
 @dataclass(frozen=True, kw_only=True)
 class UniformNoise(Attack):
-    """Points drawn uniformly from the ball and clipped to [0, 1]: `restarts`.
+    """Points drawn uniformly from the ball and clipped to [0, 1], one for each of the restarts.
 
     Costs 1 forward each.
     """

@@ -67,6 +67,7 @@ class Run:
         return output
 
 
+@torch.random.fork_rng(devices=())  # a DataLoader draws a seed from it when it is read
 def run(
     model: nn.Module | Model | str,
     data: Iterable[Any] | str = "samples",
@@ -239,7 +240,7 @@ def execute(
         "command": command,
         "environment": environment(planned.device, "torchvision", "timm", "foolbox", "numpy"),
         "class_names": list(class_names) if class_names else None,
-        "attacks": [_describe(attack) for attack in planned.attacks],
+        "attacks": [_describe(attack, surrogate) for attack in planned.attacks],
         "started": _now(),
     }
     resumed = resume and output is not None and holds_run(output / FILENAME)
@@ -387,7 +388,7 @@ def _device_of(model: nn.Module | Model) -> str:
     return str(next(chain(module.parameters(), module.buffers()), torch.empty(0)).device)
 
 
-def _describe(attack: Any) -> dict[str, Any]:
+def _describe(attack: Any, surrogate: Model | None) -> dict[str, Any]:
     if isinstance(attack, Ensemble):
         return {
             "name": attack.name,
@@ -395,9 +396,11 @@ def _describe(attack: Any) -> dict[str, Any]:
             "source": attack.source,
             "parameters": {"draws": attack.draws} if attack.draws > 1 else {},
             "left_out": list(attack.left_out),
-            "components": [_describe(stage) for stage in attack.stages],
+            "components": [_describe(stage, surrogate) for stage in attack.stages],
         }
-    parameters = {key: value for key, value in vars(attack).items() if not isinstance(value, nn.Module)}
+    parameters = dict(vars(attack))
+    if surrogate is not None and "surrogate" in parameters:
+        parameters["surrogate"] = f"{surrogate.name} ({surrogate.fingerprint[:12]})"
     name = parameters.pop("name", None) or attack.name
     summary = " ".join(inspect.cleandoc(type(attack).__doc__ or "").split("\n\n")[0].split())
     # `steps` becomes their number.

@@ -197,6 +197,26 @@ def test_a_batch_that_stays_as_it_is_is_not_padded_for_long():
     assert model.calls == [10] * engine.STEADY + [9] * (31 - engine.STEADY)
 
 
+@pytest.mark.parametrize("name", ["pgd", "fmn"])
+def test_an_attack_is_given_the_mean_of_the_draws(name, monkeypatch):
+    attack, x, seen = attacks.make(name, "l2", steps=1), images(2), []
+    calls = iter(range(1000))
+
+    def model(query):
+        score = query.flatten(1).sum(1) * float(next(calls))  # of gradient 0, 1, 2, ...
+        return torch.stack([score.detach() * 0, score - score.detach() - 1], 1)
+
+    step = type(attack).step
+    monkeypatch.setattr(
+        type(attack),
+        "step",
+        lambda self, state, logits, grad: seen.append(grad.clone()) or step(self, state, logits, grad),
+    )
+    monkeypatch.setattr(type(attack), "loss", lambda self, logits, state: logits[:, 1])
+    list(engine.run(model, attack, tasks(x, torch.zeros(2, dtype=int)), [0.1], slots=2, seed=0, draws=3))
+    assert [float(grad.mean()) for grad in seen] == [1.0]  # of 0, 1, 2
+
+
 @pytest.mark.parametrize("name", ["fab-t", "fmn", "ddn", "sigma-zero"])
 def test_an_attack_steers_by_the_verdict_that_the_engine_gives(name, monkeypatch):
     """Not by the class of the mean logits, which may be another than the vote of the draws."""

@@ -10,8 +10,12 @@ from torch import nn
 
 import attacks
 import robust
+from attacks import engine
 from reports.html import _least
+from robust.baseline import from_store
 from robust.errors import InputError
+from robust.gate import compare
+from robust.pairing import Incomparable
 from robust.units import format_distance
 from toys import conv_net, images
 
@@ -372,6 +376,22 @@ def test_a_random_models_least_distance_is_not_that_of_its_luckiest_vote(name):
     assert distances.min() > 0 and 0.02 < np.median(distances) < 0.1
 
 
+@pytest.mark.parametrize("steps", [5, 40])
+def test_an_attack_goes_on_from_a_majority_that_may_be_lucky(steps):
+    """At x - eps every draw is fooled; the first majority on the way there is one of chance."""
+    x, y = torch.full((60, 1, 2, 2), 0.55), torch.zeros(60, dtype=torch.long)
+    run = robust.run(Dim(), (x, y), attacks=["pgd"], eps=0.1, steps=steps, eot=20)
+    assert run.summary.robust_accuracy.iloc[0] == 0
+    assert run.store.twin_disagreements() == (0, 0)
+
+
+def test_classes_with_as_many_votes_are_told_apart_by_their_logits_and_not_by_their_numbers():
+    low = torch.tensor([[3.0, 0.0, 1.0]]), torch.tensor([[0.0, 1.0, 9.0]])
+    assert engine.vote(low).tolist() == [2] and engine.vote([one.flip(1) for one in low]).tolist() == [0]
+    more = *low, torch.tensor([[0.1, 0.0, 0.0]])
+    assert engine.vote(more).tolist() == [0]
+
+
 # Surrogates
 
 
@@ -386,6 +406,17 @@ def test_transfer_needs_a_surrogate_of_the_same_classes_and_size(model, data):
         robust.run(model, data, attacks=["transfer"], eps=0.02, surrogate=conv_net(classes=3))
     with pytest.raises(InputError, match="cannot read the model's images of 3 x 12 x 12"):
         robust.run(model, data, attacks=["transfer"], eps=0.02, surrogate=nn.Sequential(nn.Flatten(), nn.Linear(7, 5)))
+
+
+def test_runs_that_crafted_on_other_surrogates_are_not_compared(model, data):
+    """Though both are called Sequential."""
+    runs = [
+        from_store(robust.run(model, data, attacks=["transfer"], eps=0.1, surrogate=conv_net(seed=seed)).store)
+        for seed in (8, 8, 9)
+    ]
+    assert compare(*runs[:2]).passed
+    with pytest.raises(Incomparable, match=r"transfer's surrogate \(Sequential \(\w{12}\) there"):
+        compare(*runs[1:])
 
 
 def test_a_surrogate_comes_back_as_it_was_and_needs_a_gradient(model, data):
