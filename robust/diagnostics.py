@@ -13,7 +13,7 @@ import pandas as pd
 
 from robust.statistics import WORST_CASE, wilson
 from robust.store import Finding, Store
-from robust.units import format_percent
+from robust.units import format_images, format_percent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +35,25 @@ def has_input_gradient(model: Model, x: Tensor) -> bool:
     """Whether the model's output depends on its input for autograd; x is (N, C, H, W)."""
     import torch
 
+    query = x[:1].detach().clone().requires_grad_()
     with torch.enable_grad():
-        return bool(model.module(x[:1].detach().clone().requires_grad_()).requires_grad)
+        output = model.module(query)
+        return output.requires_grad and torch.autograd.grad(output.sum(), query, allow_unused=True)[0] is not None
+
+
+def keeps_input(model: Model, x: Tensor) -> bool:
+    """Whether the model leaves images like x (N, C, H, W) as it is given them, without gradients and with."""
+    import torch
+
+    # Not x: what rounds to 8 bits changes no image that was read from a file.
+    images = torch.rand(x[:1].shape, generator=torch.Generator().manual_seed(0)).to(x)
+    for wants_grad in (False, True):
+        given = images.clone().requires_grad_(wants_grad)
+        with torch.set_grad_enabled(wants_grad):
+            model.module(given)
+        if not torch.equal(given.detach(), images):
+            return False
+    return True
 
 
 def preflight(model: Model, x: Tensor, logits: Tensor, draws: int = 1) -> Iterator[Finding]:
@@ -130,17 +147,17 @@ def review(store: Store) -> Iterator[Finding]:
     yield _check(
         "clean accuracy",
         high > guess and clean > guess,
-        f"{format_percent(clean)} on clean images, above guessing ({guess:.1%})",
+        f"{format_percent(clean)} on clean images, above guessing ({format_percent(guess)})",
         f"the model is right on {format_percent(clean)} of clean images, no better than guessing among {classes} "
-        f"classes ({guess:.1%}): labels or preprocessing are probably wrong",
+        f"classes ({format_percent(guess)}): labels or preprocessing are probably wrong",
         level="fail",
     )
     width = 100 * float((worst.ci_high - worst.ci_low).max())
     yield _check(
         "sample size",
         n >= FEW_SAMPLES,
-        f"{n} images: the 95 % interval is at most {width:.0f} points wide",
-        f"only {n} images: the 95 % interval is up to {width:.0f} points wide",
+        f"{format_images(n)}: the 95 % interval is at most {width:.0f} points wide",
+        f"only {format_images(n)}: the 95 % interval is up to {width:.0f} points wide",
     )
     yield _strength(identity["options"], set(summary.attack) - {WORST_CASE})
     for attack in details.get("attacks", []):
@@ -181,6 +198,11 @@ def _strength(options: dict, attacks: set[str]) -> Finding:
     return Finding(name, "warn", f"how strong {', '.join(others)} is, is not known; add --attack pgd")
 
 
+def _but(share: float, n: int) -> str:
+    """By how many images what is said does not hold, where that is no evidence against it."""
+    return f", but for {format_images(round(share * n))}" if share > 0 else ""
+
+
 def _comparisons(summary: pd.DataFrame) -> Iterator[Finding]:
     table = summary.pivot(index="eps", columns="attack", values="robust_accuracy")
     n = int(summary.n.iloc[0])
@@ -202,7 +224,7 @@ def _comparisons(summary: pd.DataFrame) -> Iterator[Finding]:
             yield _check(
                 "noise control",
                 ahead.min() > -one,
-                "random noise of the same size breaks no more than the attacks do",
+                "random noise of the same size breaks no more than the attacks do" + _but(-ahead.min(), n),
                 f"random noise breaks {-ahead.min():.1%} more images than the gradient attacks: their gradients are "
                 "masked or broken (arXiv 1802.00420)",
                 level="fail",
@@ -213,7 +235,8 @@ def _comparisons(summary: pd.DataFrame) -> Iterator[Finding]:
             yield _check(
                 f"{name} against gradients",
                 beaten < one,
-                f"{name}, which does not use the model's gradients, breaks no more than the attacks that do",
+                f"{name}, which does not use the model's gradients, breaks no more than the attacks that do"
+                + _but(beaten, n),
                 f"{name}, which does not use the model's gradients, breaks {beaten:.1%} more images than the attacks "
                 "that do: their gradients are masked, or they were given few steps (arXiv 1902.06705)",
             )
@@ -222,7 +245,7 @@ def _comparisons(summary: pd.DataFrame) -> Iterator[Finding]:
         yield _check(
             "more steps",
             behind < one,
-            "PGD's many steps break at least as many images as FGSM's one",
+            "PGD's many steps break at least as many images as FGSM's one" + _but(behind, n),
             f"one step (FGSM) breaks {behind:.1%} more images than PGD's many: a sign of masked gradients "
             "(arXiv 1802.00420)",
         )

@@ -25,7 +25,7 @@ from attacks.noise import sample_key
 from attacks.norms import NORMS, per_slot
 from robust.data.labels import label_of
 from robust.data.sample import Dataset, Sample
-from robust.diagnostics import CONTROL, has_input_gradient, preflight, review
+from robust.diagnostics import CONTROL, has_input_gradient, keeps_input, preflight, review
 from robust.errors import InputError, unknown
 from robust.models.model import Model
 from robust.models.prepare import fast_twin, frozen
@@ -220,6 +220,8 @@ class _Job:
         _seed(options.seed, 0, "preflight")
         both_ways = "it must take one image and several, with gradients and without"
         with _readable_failure(model, "the first images", both_ways):
+            if not keeps_input(model, few):
+                raise InputError("the model changes the images it is given; let its forward begin with x = x.clone()")
             logits = _logits(model.module, few, model.num_classes)
             findings = list(preflight(model, few, logits, options.draws))
             has_gradient = has_input_gradient(model, few)
@@ -386,7 +388,10 @@ class _Job:
         x = torch.stack([tasks[claim.position].x for claim in claims])
         y = torch.tensor([tasks[claim.position].y for claim in claims], device=x.device)
         x_adv = torch.stack([claim.x_adv for claim in claims])
-        pred, confidence = self._predict(x_adv)
+        try:
+            pred, confidence = self._predict(x_adv)
+        except InputError as error:
+            raise InputError(f"at a point that {attack.name} found, {error}") from error
         if _is_minimal(attack):
             # The nearest point lies on the boundary, where rounding or chance decides: farther out they do not.
             found = torch.tensor([claim.found for claim in claims], device=x.device)
@@ -570,7 +575,7 @@ def round_to_8bit(x: Tensor, x_adv: Tensor, eps: float, norm: str) -> Tensor:
 
 
 def _logits(module: nn.Module, x: Tensor, num_classes: int) -> Tensor:
-    """(N, num_classes) finite float32 logits of the model itself, or InputError."""
+    """(N, num_classes) finite logits of the model itself, in float32 or float64, or InputError."""
     with torch.no_grad():
         logits = module(x)
     if not isinstance(logits, Tensor) or logits.shape != (len(x), num_classes):
@@ -581,7 +586,8 @@ def _logits(module: nn.Module, x: Tensor, num_classes: int) -> Tensor:
         )
     if not bool(logits.isfinite().all()):
         raise InputError("the model's output holds NaN or infinity; check its weights and the normalisation inside it")
-    return logits.float()
+    # Half the digits may tie where all do not.
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _alike(logits: Tensor, before: Tensor) -> bool:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import attacks
 import robust
@@ -20,6 +21,7 @@ import robust.api
 from attacks.norms import NORMS, per_slot
 from attacks.pgd import PGD
 from robust import harness
+from robust.diagnostics import _comparisons
 from robust.errors import InputError
 from robust.harness import TOLERANCE, round_to_8bit, within
 from robust.models.model import fingerprint
@@ -267,6 +269,7 @@ class Trains(nn.Module):
         (lambda x: (x.flatten(1), x), "not one tensor of logits"),
         (lambda x: x.flatten(1)[:, :5] * float("nan"), "NaN"),
         (lambda x: x.flatten(1)[:, :5].detach(), "no gradient back to its input"),
+        (lambda x: x.flatten(1)[:, :5].detach() * torch.ones(5).requires_grad_(), "no gradient back to its input"),
         (lambda x: x.flatten(1) @ torch.ones(7, 5), "the model fails on 3x12x12 images: RuntimeError"),
     ],
 )
@@ -383,6 +386,37 @@ class WithExtraState(nn.Module):
 
     def forward(self, x):
         return self.net(x)
+
+
+def test_logits_in_float64_are_not_rounded_before_they_are_compared(model, data):
+    far = copy.deepcopy(model).double()
+    run = robust.run(Outputs(lambda x: far(x.double()) - 1e6), data, attacks=["fgsm"], eps=0.02)
+    assert run.samples.success.equals(robust.run(model, data, attacks=["fgsm"], eps=0.02).samples.success)
+
+
+def test_a_point_where_the_model_gives_no_number_is_named(model, data):
+    x, _ = data
+    holed = Outputs(lambda x: model(x) / (x.amax((1, 2, 3)) < 1)[:, None])
+    dark = 0.9 * x
+    with pytest.raises(InputError, match="at a point that noise found, the model's output holds NaN or infinity"):
+        robust.run(holed, (dark, model(dark).argmax(1)), attacks=["noise"], eps=1.0)
+
+
+def test_torchs_random_numbers_are_as_they_were_though_a_loader_draws_some(model, data):
+    loader = DataLoader(TensorDataset(*data), batch_size=8)
+    before = torch.get_rng_state()
+    robust.run(model, loader, attacks=["noise"], eps=0.02)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_precision_that_torch_cannot_tell_is_refused(model, data):
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with pytest.raises(InputError, match=r"fp32_precision of torch\.backends is set"):
+            robust.run(model, data, attacks=["noise"], eps=0.02)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    robust.run(model, data, attacks=["noise"], eps=0.02)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
@@ -609,6 +643,27 @@ class InPlace(nn.Module):
         return self.net(x.sub_(0.1))
 
 
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.mul_(255).round_().div_(255).clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Rounding(nn.Module):
+    """Changes its images only where gradients are asked for, behind autograd's back."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = conv_net()
+
+    def forward(self, x):
+        return self.net(_Round.apply(x) if x.requires_grad else x)
+
+
 class Squeezes(nn.Module):
     """Works on several images only."""
 
@@ -647,11 +702,18 @@ def test_a_model_that_fails_on_large_batches_is_refused_in_a_line(memory, messag
     assert len(robust.run(Small(memory), data, attacks=["fgsm"], eps=[0.02], batch_size=8).samples) == len(data[1])
 
 
-@pytest.mark.parametrize("module", [InPlace, Squeezes])
-def test_a_model_that_fails_on_the_first_images_is_refused_in_a_line(module, data, tmp_path):
+def test_a_model_that_fails_on_the_first_images_is_refused_in_a_line(data, tmp_path):
     with pytest.raises(InputError, match=r"fails on the first images: RuntimeError: .*; it must take one image and"):
-        robust.run(module(), data, attacks=["fgsm"], eps=[0.02], output=tmp_path / "run")
+        robust.run(Squeezes(), data, attacks=["fgsm"], eps=[0.02], output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("module", [InPlace, Rounding])
+def test_a_model_that_changes_its_images_is_refused(module, data):
+    x = data[0].clone()
+    with pytest.raises(InputError, match="the model changes the images it is given; let its forward begin with"):
+        robust.run(module(), data, attacks=["fgsm"], eps=[0.02])
+    assert torch.equal(data[0], x)
 
 
 def test_nothing_is_left_behind_by_a_run_that_never_began(data, tmp_path):
@@ -727,6 +789,14 @@ def test_attacks_no_better_than_noise_are_found():
 def test_foolboxs_attacks_without_gradients_are_not_taken_for_blind_ones(model, data):
     run = robust.run(model, data, attacks=["foolbox:LinfAdditiveUniformNoiseAttack", "square"], eps=0.05, queries=300)
     assert {f.name for f in run.findings if f.level != "pass"} == {"sample size", "attack strength"}
+
+
+def test_what_a_check_lets_pass_is_not_denied(model, data):
+    """One image is no evidence that gradients are masked, but it is there."""
+    summary = robust.run(model, data, attacks=["fgsm", "pgd"], eps=0.02).summary
+    summary["robust_accuracy"] = [0.5, 0.5 + 1 / 40, 0.5]  # fgsm, pgd, worst case
+    (said,) = (finding for finding in _comparisons(summary) if finding.name == "more steps")
+    assert said.level == "pass" and said.message.endswith("as many images as FGSM's one, but for 1 image")
 
 
 def test_masked_gradients_lose_to_noise_and_are_found(model, data):
