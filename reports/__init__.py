@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from reports.answer import answer, headline, verdict
+from reports.answer import headline
 from reports.curve import write_curve
 from reports.figures import write_figures
 from reports.html import write_html
@@ -12,7 +12,7 @@ from reports.npz import write_npz
 from reports.tables import write_samples, write_summary
 from robust.store import Store
 
-__all__ = ["REPORTS", "answer", "verdict", "write_reports"]
+__all__ = ["REPORTS", "write_reports"]
 
 # What is written -> its writer, which is given the run's folder and puts it there whole or not at all.
 REPORTS: dict[str, Callable[[Store, Path], None]] = {

@@ -9,7 +9,7 @@ from robust.diagnostics import CONTROL
 from robust.errors import InputError
 from robust.statistics import WORST_CASE, wilson
 from robust.store import Finding, Store
-from robust.units import format_count, format_eps, format_interval, format_percent
+from robust.units import format_count, format_eps, format_images, format_interval, format_percent
 
 
 def headline(summary: pd.DataFrame) -> pd.Series:
@@ -47,19 +47,20 @@ def answer(store: Store, summary: pd.DataFrame | None = None) -> str:
     name = identity.get("model", {}).get("name", "the model")
     target = identity.get("options", {}).get("target")
     n, correct, robust = int(row.n), round(row.clean_accuracy * row.n), round(row.robust_accuracy * row.n)
-    of_n = format_count(n)
     clean = (
-        f"{name} classifies {format_count(correct)} of {of_n} images correctly "
+        f"{name} classifies {format_count(correct)} of {format_images(n)} correctly "
         f"({format_percent(correct, n)}, 95 % interval {format_interval(*wilson(correct, n))})."
     )
     changes = _changes(row.norm, row.eps, set(summary.attack) == {CONTROL, WORST_CASE})
     changes += _seen(row.norm, row.eps, _grayscale(store))
     interval = format_interval(row.ci_low, row.ci_high)
+    left = f"{format_count(robust)} of {format_count(n)}"
     if target is None:
-        return f"{clean} With {changes} {format_count(robust)} of {of_n} remain ({interval})."
+        return f"{clean} With {changes} {left} {_agreeing('remain', robust)} ({interval})."
+    taken = correct - robust
     return (
-        f"{clean} With {changes} {format_count(correct - robust)} of those {format_count(correct)} come to be "
-        f"taken for ‘{target}’; {format_count(robust)} of {of_n} withstand ({interval})."
+        f"{clean} With {changes} {format_count(taken)} of the {format_count(correct)} {_agreeing('come', taken)} to be "
+        f"taken for ‘{target}’; {left} {_agreeing('withstand', robust)} ({interval})."
     )
 
 
@@ -68,17 +69,21 @@ def verdict(findings: Iterable[Finding]) -> tuple[str, str]:
     findings = list(findings)
     if not findings:
         return "warn", "Nothing was checked, so nothing says whether this can be believed."
-    for level, advice, verbs in (
-        ("fail", "Do not believe this number yet", ("fails", "fail")),
-        ("warn", "Believe this number with care", ("warns", "warn")),
-    ):
+    for level, advice in (("fail", "Do not believe this number yet"), ("warn", "Believe this number with care")):
         reasons = [finding for finding in findings if finding.level == level]
         if reasons:
             said = "; ".join(f"{finding.name} – {finding.message.rstrip('.')}" for finding in reasons)
-            count = f"{len(reasons)} of {len(findings)} checks {verbs[len(reasons) > 1]}"
+            checks = "check" if len(findings) == 1 else "checks"
+            count = f"{len(reasons)} of {len(findings)} {checks} {_agreeing(level, len(reasons))}"
             return level, f"{advice}, because {count}: {said}."
     names = ", ".join(finding.name for finding in findings)
-    return "pass", f"This number can be believed, because all {len(findings)} checks pass: {names}."
+    passing = "the one check passes" if len(findings) == 1 else f"all {len(findings)} checks pass"
+    return "pass", f"This number can be believed, because {passing}: {names}."
+
+
+def _agreeing(verb: str, count: int) -> str:
+    """'remains' of one, else 'remain'."""
+    return f"{verb}s" if count == 1 else verb
 
 
 def _changes(norm: str, eps: float, random: bool) -> str:

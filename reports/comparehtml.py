@@ -8,13 +8,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from reports.files import write_text
 from reports.gallery import Example
 from reports.html import LIMIT, environment, view
+from robust.files import write_text
 from robust.gate import Change, Comparison
 from robust.statistics import WORST_CASE
 from robust.store import FILENAME, Clean, Picture, Store
-from robust.text import format_p, format_points, visible
+from robust.text import format_bare_p, format_points, visible
 from robust.units import format_eps, format_percent
 from robust.verdicts import CLEAN, Verdicts
 
@@ -62,14 +62,14 @@ def _context(comparison: Comparison) -> dict[str, Any]:
 
 
 def _groups(comparison: Comparison) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """(attack, its rows), clean accuracy first and the worst case next."""
+    """(what its attack is called, its rows), clean accuracy first and the worst case next."""
     failing = {failure.row for failure in comparison.failures}
     rank = {CLEAN: 0, WORST_CASE: 1}
     attacks = dict.fromkeys(change.row.attack for change in comparison.changes)
     widest = max(max(abs(change.low), abs(change.high)) for change in comparison.changes)
     for attack in sorted(attacks, key=lambda attack: rank.get(attack, 2)):
         rows = [change for change in comparison.changes if change.row.attack == attack]
-        yield attack, [_row(change, change.row in failing, widest) for change in rows]
+        yield rows[0].row.label, [_row(change, change.row in failing, widest) for change in rows]
 
 
 def _row(change: Change, fails: bool, widest: float) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _row(change: Change, fails: bool, widest: float) -> dict[str, Any]:
         "high": at(change.high),
         "fell": len(change.fell),
         "rose": len(change.rose),
-        "p": format_p(change.p_adjusted).removeprefix("p ").removeprefix("= "),
+        "p": format_bare_p(change.p_adjusted),
     }
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from reports.files import write_text
+from robust.files import write_text
 from robust.gate import Change, Comparison
 from robust.verdicts import Verdicts
 
@@ -14,6 +14,7 @@ SCHEMA_VERSION = 1
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
+    """Write `comparison` to `path`: shares in [0, 1], of accuracies and of their changes; samples by id."""
     clean = comparison.changes[0]
     report = {
         "schema_version": SCHEMA_VERSION,

@@ -12,8 +12,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from reports.answer import attack_label
-from reports.files import write_text
 from robust.diagnostics import CONTROL
+from robust.files import write_text
 from robust.statistics import WORST_CASE, wilson
 from robust.store import Store
 from robust.units import format_eps, format_percent

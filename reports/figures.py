@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from matplotlib.figure import Figure
 
-from reports.files import replacing
 from reports.gallery import Example, choose
+from robust.files import replacing
 from robust.statistics import summarize
 from robust.store import Store
 from robust.units import format_class, format_percent

@@ -42,6 +42,7 @@ class Example:
 
     @property
     def scale_label(self) -> str:
+        """`scale` in words: '4/255'."""
         return format_eps(self.scale, "linf") if self.norm == "linf" else format_distance(self.scale, "linf", _LEVEL)
 
     @property
@@ -108,4 +109,5 @@ def png(image: np.ndarray) -> bytes:
 
 
 def data_uri(image: np.ndarray) -> str:
+    """The same as an address that needs no file, for HTML."""
     return "data:image/png;base64," + base64.b64encode(png(image)).decode()

@@ -13,11 +13,11 @@ from markupsafe import Markup
 from reports.answer import answer, attack_label, headline, verdict
 from reports.breakdown import confusions, per_class
 from reports.curve import NARROW, WIDE, inline_svg, nearest
-from reports.files import write_text
 from reports.gallery import ROLES, Example, choose, data_uri, rule
 from reports.jsonreport import data_fingerprint
 from robust import units
 from robust.diagnostics import CONTROL
+from robust.files import write_text
 from robust.statistics import WORST_CASE, summarize, wilson
 from robust.store import Store
 
@@ -27,7 +27,7 @@ SMALL = 100  # pixels: below, an image is drawn enlarged and with its pixels to 
 
 
 def write_html(store: Store, folder: Path) -> None:
-    """As many examples as fit under `LIMIT`, the last ones left out first."""
+    """Write `folder`/report.html, with as many examples as fit under `LIMIT`, the last ones left out first."""
     samples = store.samples()
     summary = summarize(samples, store.seconds())
     class_names = store.details.get("class_names")
@@ -55,6 +55,7 @@ def environment(class_names: Sequence[str] | None) -> Environment:
         "percent": units.format_percent,
         "eps": units.format_eps,
         "count": units.format_count,
+        "images": units.format_images,
         "seconds": units.format_seconds,
         "attack": attack_label,
         "said": _said,
@@ -82,7 +83,8 @@ def _context(store: Store, samples: pd.DataFrame, summary: pd.DataFrame) -> dict
         "reason": reason,
         "model": identity.get("model", {}),
         "data": {**identity.get("data", {}), "fingerprint": data_fingerprint(store)},
-        "options": identity.get("options", {}),
+        "options": {key: value for key, value in identity.get("options", {}).items() if key != "seed"},
+        "seed": identity.get("options", {}).get("seed", ""),
         "details": details,
         "skipped": skipped if isinstance(skipped, int) else len(skipped),
         "row": row,

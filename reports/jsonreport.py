@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from reports.answer import answer, verdict
-from reports.files import write_text
 from robust.baseline import from_store, pack
+from robust.files import write_text
 from robust.store import SCHEMA_VERSION, Store
 
 
 def write_json(store: Store, folder: Path) -> None:
+    """Write `folder`/report.json. InputError where the run holds no results, or lacks verdicts on some samples."""
     identity, details, summary, findings = store.identity, store.details, store.summary(), store.findings()
     level, reason = verdict(findings)
     refuted, overlooked = store.twin_disagreements()

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from xml.etree import ElementTree
 
-from reports.files import replacing
+from robust.files import replacing
 from robust.gate import Comparison, Judgement
 from robust.table import lines, remarks
 from robust.text import visible

@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from reports.files import write_text
+from robust.files import write_text
 from robust.gate import Change, Comparison
-from robust.text import format_p, format_points, visible
-from robust.units import format_count, format_percent
+from robust.text import format_bare_p, format_points, visible
+from robust.units import format_count, format_images, format_percent
 
 IDS_SHOWN = 20
 ID_LENGTH = 80
@@ -17,6 +17,7 @@ _MARKUP = re.compile(r"[\\`*_{}\[\]<>&|~@#$!^]|^[-=+\"']|:(?=\S)|(?<=www)\.", re
 
 
 def write_markdown(comparison: Comparison, path: Path) -> None:
+    """The outcome, its causes, a row of the table for every accuracy, and the first images that fell."""
     write_text(path, "\n".join(_lines(comparison)) + "\n")
 
 
@@ -48,7 +49,7 @@ def _lines(comparison: Comparison) -> Iterator[str]:
         yield f"| {'✕' if change.row in failing else ''} | {_cells(change)} |"
     yield ""
     yield (
-        f"{format_count(comparison.headline.n)} images, paired. p: exact McNemar test, Holm-corrected over "
+        f"{format_images(comparison.headline.n)}, paired. p: exact McNemar test, Holm-corrected over "
         f"{comparison.tests} rows. Fails on: {inert(str(comparison.rules))}."
     )
     yield from _fallen(comparison)
@@ -66,7 +67,7 @@ def _cells(change: Change) -> str:
             f"{format_points(change.low)} to {format_points(change.high)}",
             format_count(len(change.fell)),
             format_count(len(change.rose)),
-            inert(format_p(change.p_adjusted).removeprefix("p ").removeprefix("= ")),
+            inert(format_bare_p(change.p_adjusted)),
         )
     )
 
@@ -76,11 +77,10 @@ def _fallen(comparison: Comparison) -> Iterator[str]:
     fell = comparison.headline.fell
     if not len(fell):
         return
-    images = "image" if len(fell) == 1 else "images"
     shown = f", the first {IDS_SHOWN}" if len(fell) > IDS_SHOWN else ""
     yield ""
     yield (
-        f"<details><summary>{format_count(len(fell))} {images} newly fell to the "
+        f"<details><summary>{format_images(len(fell))} newly fell to the "
         f"{inert(str(comparison.headline.row))}{shown}</summary>"
     )
     yield ""

@@ -7,8 +7,8 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
-from reports.files import replacing
 from robust.errors import InputError
+from robust.files import replacing
 from robust.store import Store
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from reports.files import replacing
+from robust.files import replacing
 from robust.statistics import SUMMARY_COLUMNS
 from robust.store import SAMPLE_COLUMNS, Store
 
@@ -28,11 +28,11 @@ def write_summary(store: Store, folder: Path) -> None:
 
 def _csv(table: pd.DataFrame, columns: tuple[str, ...]) -> bytes:
     """The rows without a header: floats by repr, True and False, an empty cell for what is missing."""
-    inert = {name: table[name].map(_inert) for name in _TEXT_COLUMNS if name in table}
-    text = table.assign(**inert).to_csv(columns=list(columns), index=False, header=False, lineterminator="\n")
+    texts = {name: table[name].map(inert) for name in _TEXT_COLUMNS if name in table}
+    text = table.assign(**texts).to_csv(columns=list(columns), index=False, header=False, lineterminator="\n")
     return text.encode()
 
 
-def _inert(cell: str) -> str:
-    """Text that no spreadsheet takes for a formula: sample ids can be anybody's file names."""
+def inert(cell: str) -> str:
+    """Text that no spreadsheet takes for a formula: sample ids and layers have whatever names somebody gave them."""
     return "'" + cell if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell

@@ -7,7 +7,15 @@ from rich.text import Text
 from reports.answer import attack_label, headline
 from robust.statistics import WORST_CASE, wilson
 from robust.store import Store
-from robust.units import format_count, format_distance, format_eps, format_interval, format_percent, format_seconds
+from robust.units import (
+    format_count,
+    format_distance,
+    format_eps,
+    format_images,
+    format_interval,
+    format_percent,
+    format_seconds,
+)
 
 
 def summary_table(store: Store) -> Table:
@@ -16,7 +24,7 @@ def summary_table(store: Store) -> Table:
     row = headline(summary)
     n, correct = int(row.n), round(row.clean_accuracy * row.n)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left")
-    table.caption = f"{format_count(n)} images; {row.norm}; distance: median of the adversarials found"
+    table.caption = f"{format_images(n)}; {row.norm}; distance: median of the adversarials found"
     table.add_column("attack", overflow="fold")
     for name in ("eps", "robust", "95 % interval", "distance", "time"):
         table.add_column(name, justify="right", no_wrap=True)

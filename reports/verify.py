@@ -9,8 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reports.files import write_text
 from reports.html import environment
+from reports.tables import inert
+from robust.files import write_text
 from robust.text import visible
 from robust.units import format_eps
 
@@ -45,14 +46,9 @@ def _csv(verification: "Verification") -> str:
         gate, named = row.gate, layers.get(row.subject, "")
         limit = "" if math.isinf(gate.limit) else gate.limit
         torchs = "" if row.torch is None else row.torch
-        writer.writerow([row.part, row.subject, _inert(named), row.algorithm, row.result, gate.name, gate.value, limit,
+        writer.writerow([row.part, row.subject, inert(named), row.algorithm, row.result, gate.name, gate.value, limit,
                          torchs, gate.passed])  # fmt: skip
     return text.getvalue()
-
-
-def _inert(cell: str) -> str:
-    """Text that no spreadsheet takes for a formula: layers have whatever names their author gave them."""
-    return "'" + cell if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 def _json(verification: "Verification", command: str) -> str:

@@ -18,9 +18,10 @@ import numpy as np
 
 from robust import __version__, samples_csv
 from robust.errors import InputError
+from robust.files import write_text
 from robust.store import FILENAME, SCHEMA_VERSION, Finding, Store
 from robust.text import visible
-from robust.verdicts import Row, Samples, Verdicts
+from robust.verdicts import Row, Samples, Verdicts, known_norm
 
 BASELINE = "robustness-baseline.json"
 
@@ -65,7 +66,7 @@ def from_store(store: Store, source: str = "this run") -> Verdicts:
     right = np.array([row.clean_pred == row.label for row in clean])[order]
     success = success.reshape(len(clean), len(keys))[order]
     identity, details = store.identity, store.details
-    norm = identity["options"]["norm"]
+    norm = known_norm(identity["options"]["norm"])
     return Verdicts(
         source=source,
         samples=samples,
@@ -82,9 +83,6 @@ def from_store(store: Store, source: str = "this run") -> Verdicts:
 
 def write_baseline(verdicts: Verdicts, path: Path) -> None:
     """Write `verdicts` to `path`, whole or not at all. The same verdicts make the same bytes."""
-    # Late: the reports bring a plotting library, and comparing needs none.
-    from reports.files import write_text
-
     baseline = {
         "schema_version": SCHEMA_VERSION,
         # Threads are a matter of who ran it, beside what: a parallel pytest has fewer.
@@ -134,7 +132,7 @@ def _from_run(path: Path, source: str) -> Verdicts:
             return from_store(store, source)
         finally:
             store.close()
-    except (sqlite3.DatabaseError, KeyError) as error:
+    except (sqlite3.DatabaseError, KeyError, ValueError) as error:
         raise InputError(f"{source} is damaged ({visible(str(error))}); make the run anew") from None
 
 
@@ -174,7 +172,7 @@ def _unpack(report: Mapping[str, Any], source: str) -> Verdicts:
                 "restore it, or make it anew"
             )
     clean, *robust = bits
-    rows = [Row(str(row["attack"]), str(row["norm"]), float(row["eps"])) for row in packed["rows"]]
+    rows = [Row(str(row["attack"]), known_norm(row["norm"]), float(row["eps"])) for row in packed["rows"]]
     if not rows or len(set(rows)) < len(rows) or any((one & ~clean).any() for one in robust):
         raise InputError(f"{source} is damaged: its verdicts contradict each other; restore it, or make it anew")
     return Verdicts(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from robust.statistics import mcnemar
 from robust.text import format_points, visible
-from robust.units import format_count, format_eps, format_percent
+from robust.units import format_count, format_eps, format_images, format_percent
 from robust.verdicts import Verdicts
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ def _among_correct(comparison: Comparison) -> str:
     fell, rose = int((before & ~after).sum()), int((after & ~before).sum())
     fell_too = fell > rose and mcnemar(fell, rose) <= comparison.rules.level
     return (
-        f"Of the {format_count(len(before))} images that both classify correctly unchanged, "
-        f"{format_count(int(before.sum()))} withstood the {row} before and {format_count(int(after.sum()))} do now: "
+        f"Of the {format_images(len(before))} that both classify correctly unchanged, "
+        f"{format_count(int(before.sum()))} withstood the {row} before and {format_count(int(after.sum()))} now: "
         f"robustness itself {'fell as well' if fell_too else 'held'}."
     )
 
@@ -117,12 +117,17 @@ def _left_out(baseline: Verdicts, current: Verdicts) -> Iterator[str]:
 
 
 def _few(comparison: Comparison) -> Iterator[str]:
-    """The least drop that the test could see, that in which no image rises, where it is a large one."""
+    """The least drop that the test could see, that in which no image rises, where it is a large one or impossible."""
     if comparison.rules.significant:
-        n = comparison.changes[0].n
+        clean = comparison.changes[0]
         needed = math.ceil(math.log2(2 * comparison.tests / comparison.rules.significant))
-        if needed > FEW * n:
+        if needed > clean.before:
             yield (
-                f"{format_count(n)} images are few: {format_count(needed)} of them would have to fall, and none rise, "
+                f"On {format_images(clean.n)} no drop can be significant, even if all that were right fall; "
+                "--plan says how many are needed."
+            )
+        elif needed > FEW * clean.n:
+            yield (
+                f"{format_images(clean.n)} are few: {format_count(needed)} of them would have to fall, and none rise, "
                 "before the test can tell; --plan says how many are needed."
             )

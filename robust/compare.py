@@ -162,13 +162,14 @@ def _update(path: Path, run: Path, rules: "gate.Rules", quiet: bool) -> int:
     """Replace the baseline at `path` by the verdicts of `run`, and say what that changes."""
     from robust import gate
     from robust.baseline import read, write_baseline
+    from robust.units import format_images
 
     if path.is_dir():
         raise InputError(f"--update writes a file, and {path} is a folder; name one such as robustness-baseline.json")
     current = read(run)
     if current.samples.content_digest is None:
         raise InputError(f"{run} has no content hashes and no options: name the run directory or its report.json")
-    said = f"new, {len(current):,} images"
+    said = f"new, {format_images(len(current))}"
     if path.exists():
         try:
             comparison = gate.compare(read(path), current, rules)

@@ -16,7 +16,7 @@ from robust.errors import InputError
 from robust.pairing import Incomparable, Pairs, pair
 from robust.statistics import WORST_CASE, holm, mcnemar, paired_difference, wilson
 from robust.text import format_p, format_points, visible
-from robust.units import format_count, format_percent
+from robust.units import format_count, format_images, format_percent
 from robust.verdicts import CLEAN, Row, Samples, Verdicts
 
 __all__ = ["Change", "Comparison", "Incomparable", "Judgement", "Rules", "compare"]
@@ -110,8 +110,8 @@ class Change:
         moved = f"{verb} from {before} to {after}" if self.change else f"stayed at {after}"
         return (
             f"{self.row} {moved} ({format_points(self.change)} points, 95 % interval {format_points(self.low)} to "
-            f"{format_points(self.high)}, {format_p(self.p_adjusted)}): {format_count(len(self.fell))} "
-            f"{'image' if len(self.fell) == 1 else 'images'} fell, {format_count(len(self.rose))} rose"
+            f"{format_points(self.high)}, {format_p(self.p_adjusted)}): {format_images(len(self.fell))} fell, "
+            f"{format_count(len(self.rose))} rose"
         )
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from robust.errors import InputError, unknown
+from robust.files import write_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -254,8 +255,6 @@ class _Session:
         recorded = {key: check["section"] for key, check in self._checks.items() if check["section"]}
         if not recorded or self._file is None:
             return
-        from reports.files import write_text
-
         try:
             sections = {key: json.loads(Path(path).read_text("utf-8")) for key, path in recorded.items()}
             # Tests that did not run keep theirs.
@@ -283,7 +282,10 @@ def _rules(settings: dict[str, Any]) -> Rules:
     for name, value in values.items():
         if value is not None and not isinstance(value, Real):
             raise InputError(f"{name} is a share between 0 and 1, not {value!r}")
-    return Rules(min_robust_accuracy=values.pop("min_accuracy"), strict=settings.pop("strict", False), **values)
+    try:
+        return Rules(min_robust_accuracy=values.pop("min_accuracy"), strict=settings.pop("strict", False), **values)
+    except InputError as error:  # in the words of `check`
+        raise InputError(str(error).replace("min_robust_accuracy", "min_accuracy")) from None
 
 
 def _run_options(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -317,7 +319,6 @@ def _sections(file: str) -> dict[str, Any]:
 
 def _unpacked(section: Any, path: Path, source: str) -> Verdicts:
     """The verdicts of one section, called `source` in messages; `path` is kept, to compare the run with."""
-    from reports.files import write_text
     from robust.baseline import read
 
     write_text(path, json.dumps(section))
@@ -330,9 +331,10 @@ def _unpacked(section: Any, path: Path, source: str) -> Verdicts:
 def _difference(before: Verdicts | None, current: Verdicts) -> str:
     """What replacing the baseline changes."""
     from robust.gate import compare
+    from robust.units import format_images
 
     if before is None:
-        return f"new, {len(current):,} images"
+        return f"new, {format_images(len(current))}"
     try:
         return str(compare(before, current).headline)
     except InputError as error:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from robust.errors import InputError
 from robust.text import visible
-from robust.verdicts import Row, Samples, Verdicts
+from robust.verdicts import Row, Samples, Verdicts, known_norm
 
 _COLUMNS = ("sample_id", "label", "clean_pred", "attack", "norm", "eps", "success", "robust")
 _INERT = tuple("'" + first for first in "=+-@\t\r")  # how reports/tables.py writes text that would be a formula
@@ -37,6 +37,7 @@ def _read(path: Path) -> Verdicts:
         raise InputError("holds no sample")
     label, pred = (_parsed(table[name], int) for name in ("label", "clean_pred"))
     robust, success = (_parsed(table[name], _boolean) for name in ("robust", "success"))
+    _parsed(table.norm, known_norm)
     eps = _parsed(table.eps, lambda text: _radius(text.replace(",", ".") if comma else text))
     correct = label == pred
     if (robust != (correct & ~success)).any():

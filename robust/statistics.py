@@ -9,7 +9,7 @@ from math import sqrt
 
 import numpy as np
 import pandas as pd
-from scipy.special import bdtr, betaincinv, ndtri
+from scipy.special import bdtr, ndtri
 
 from robust.errors import InputError
 
@@ -31,7 +31,8 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     Unlike the normal approximation it stays inside [0, 1] and keeps its coverage at 0 and n successes,
     where robust accuracies often lie.
     """
-    _check_counts(successes, n)
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes among {n} samples")
     if n == 0:
         return 0.0, 1.0
     z = -ndtri(_tail(confidence))
@@ -39,18 +40,6 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     half = z * sqrt(successes * (n - successes) / n + z**2 / 4) / (n + z**2)
     # At the ends the two terms are equal; their difference would leave a rounding error.
     return (0.0 if successes == 0 else float(center - half)), (1.0 if successes == n else float(center + half))
-
-
-def clopper_pearson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The exact interval for a proportion (Clopper and Pearson 1934, doi:10.1093/biomet/26.4.404).
-
-    It covers the true proportion at least as often as it says, at the price of being wider than `wilson`.
-    """
-    _check_counts(successes, n)
-    tail = _tail(confidence)
-    low = 0.0 if successes == 0 else float(betaincinv(successes, n - successes + 1, tail))
-    high = 1.0 if successes == n else float(betaincinv(successes + 1, n - successes, 1 - tail))
-    return low, high
 
 
 def mcnemar(fell: int, rose: int) -> float:
@@ -113,20 +102,13 @@ def paired_difference(fell: int, rose: int, n: int, kept: int, confidence: float
     return limit(-1.0), limit(1.0)
 
 
-def power(n: int, drop: float, churn: float = CHURN, significance: float = 0.05) -> float:
-    """The chance that a true drop of accuracy by `drop` is found on `n` samples, to an accuracy of 1e-12.
-
-    Found means that fewer samples rose than fell and that `mcnemar` is below `significance`. A share `churn` of the
-    samples rises and churn + drop falls (the trinomial model of Duffy 1984, Biometrics 40:1005); given how many do
-    either, the number that rises is binomial, and the power is the mean over how many do. Among k rows the first step
-    of `holm` asks for significance / k.
-    """
-    _check_plan(drop, churn, significance)
-    return _power(n, drop, churn, significance)
-
-
 def sample_size(drop: float, churn: float = CHURN, power: float = 0.8, significance: float = 0.05) -> int:
-    """The least number of samples from which on a drop is found with probability `power`; for the rest see `power`."""
+    """The least number of samples from which on a true drop of accuracy by `drop` is found with probability `power`.
+
+    Found means that fewer samples rose than fell and that `mcnemar` is below `significance`; among k rows the first
+    step of `holm` asks for significance / k. A share `churn` of the samples rises and churn + drop falls. InputError
+    for a plan that cannot be made, or that takes more than a million samples.
+    """
     _check_plan(drop, churn, significance)
     if not 0 < power < 1:
         raise InputError(f"a power of {power:g} cannot be planned for: choose one between 0 and 1, such as 0.8")
@@ -214,11 +196,6 @@ def _row(attack: str, norm: str, eps: float, group: pd.DataFrame) -> dict[str, o
     }
 
 
-def _check_counts(successes: int, n: int) -> None:
-    if not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes among {n} samples")
-
-
 def _tail(confidence: float) -> float:
     if not 0 < confidence < 1:
         raise ValueError(f"a confidence of {confidence} is not between 0 and 1")
@@ -235,6 +212,11 @@ def _check_plan(drop: float, churn: float, significance: float) -> None:
 
 
 def _power(n: int, drop: float, churn: float, significance: float) -> float:
+    """The power of `sample_size` on `n` samples, to an accuracy of 1e-12.
+
+    In the trinomial model of Duffy 1984 (Biometrics 40:1005): given how many samples change their verdict, the number
+    that rises is binomial, and the power is the mean over how many do.
+    """
     changing = min(1.0, drop + 2 * churn)
     # Beyond these counts of changed verdicts lies a probability of less than 1e-13 (Bernstein's inequality).
     reach = 8 * sqrt(n * changing * (1 - changing)) + 30

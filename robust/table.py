@@ -6,19 +6,18 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from robust.gate import Change, Comparison
+from robust.gate import Comparison
 from robust.statistics import WORST_CASE
-from robust.text import format_p, format_points, visible
-from robust.units import format_count, format_eps, format_percent
-from robust.verdicts import CLEAN
+from robust.text import format_bare_p, format_points
+from robust.units import format_count, format_eps, format_images, format_percent
 
 
 def table(comparison: Comparison) -> Table:
     """Clean accuracy, then each attack and the worst case at each eps; ✕ before what fails."""
     failing = {failure.row for failure in comparison.failures}
-    norm, n = comparison.headline.row.norm, format_count(comparison.headline.n)
+    norm, images = comparison.headline.row.norm, format_images(comparison.headline.n)
     grid = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left")
-    grid.caption = f"{n} images; {norm}; p: exact McNemar test, Holm-corrected over {comparison.tests} rows"
+    grid.caption = f"{images}; {norm}; p: exact McNemar test, Holm-corrected over {comparison.tests} rows"
     grid.add_column("")
     grid.add_column("attack", overflow="fold")
     for name in ("eps", "before → now", "points", "95 % interval", "fell, rose", "p"):
@@ -30,13 +29,13 @@ def table(comparison: Comparison) -> Table:
         grid.add_row(
             "✕" if change.row in failing else "",
             # As Text, for a plain string could be read as markup.
-            Text(_label(change) if change.row.attack != attack else ""),
+            Text(change.row.label if change.row.attack != attack else ""),
             format_eps(change.row.eps, change.row.norm),
             f"{format_percent(change.before, change.n).removesuffix(' %')} → {format_percent(change.after, change.n)}",
             format_points(change.change),
             f"{format_points(change.low)} to {format_points(change.high)}",
             f"{format_count(len(change.fell))}, {format_count(len(change.rose))}",
-            format_p(change.p_adjusted).removeprefix("p ").removeprefix("= "),
+            format_bare_p(change.p_adjusted),
             style="bold" if change.row.attack == WORST_CASE else "",
         )
         attack = change.row.attack
@@ -58,7 +57,3 @@ def remarks(comparison: Comparison) -> Iterator[str]:
     yield from (f"Cause: {cause}" for cause in comparison.causes)
     yield from (f"Note: {note}" for note in comparison.notes)
     yield f"Fails on: {comparison.rules}."
-
-
-def _label(change: Change) -> str:
-    return {CLEAN: "none", WORST_CASE: "worst case"}.get(change.row.attack, visible(change.row.attack))

@@ -25,6 +25,11 @@ def format_p(p_value: float) -> str:
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
 
 
+def format_bare_p(p_value: float) -> str:
+    """The same for a column that is called p: '< 0.001', '0.034'."""
+    return format_p(p_value).removeprefix("p ").removeprefix("= ")
+
+
 def _symbol(code: int) -> str:
     if code < 0x20:
         return chr(0x2400 + code)

@@ -41,6 +41,11 @@ def format_count(count: int) -> str:
     return f"{count:,}"
 
 
+def format_images(count: int) -> str:
+    """'1 image', '1,234 images'."""
+    return f"{count:,} {'image' if count == 1 else 'images'}"
+
+
 def format_seconds(seconds: float) -> str:
     """A duration in its two largest units: '0.42 s', '12.3 s', '2 min 5 s', '3 h 4 min', '2 d 5 h'."""
     if seconds < 0.995:

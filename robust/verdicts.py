@@ -10,6 +10,7 @@ from zlib import crc32
 import numpy as np
 
 from robust.errors import InputError
+from robust.options import NORMS
 from robust.statistics import WORST_CASE
 from robust.store import Finding
 from robust.text import visible
@@ -25,12 +26,23 @@ class Row(NamedTuple):
     norm: str
     eps: float
 
+    @property
+    def label(self) -> str:
+        """What the attack is called before people."""
+        return {CLEAN: "no attack", WORST_CASE: "worst case"}.get(self.attack, visible(self.attack))
+
     def __str__(self) -> str:
         """In words: 'worst case at linf 8/255'."""
         if self.attack == CLEAN:
             return "clean accuracy"
-        name = "worst case" if self.attack == WORST_CASE else visible(self.attack)
-        return f"{name} at {self.norm} {format_eps(self.eps, self.norm)}"
+        return f"{self.label} at {self.norm} {format_eps(self.eps, self.norm)}"
+
+
+def known_norm(norm: str) -> str:
+    """`norm` as a file has it; ValueError for one that there is not. Reports print it as it is."""
+    if norm not in NORMS:
+        raise ValueError(f"there is no norm {norm!r}")
+    return norm
 
 
 @dataclass(frozen=True)
@@ -100,9 +112,9 @@ class Samples:
             return f"the two have no sample in common ({len(self):,} there, {len(other):,} here)"
         found = []
         if missing.any():
-            found.append(f"{missing.sum():,} of {len(self):,} samples are missing{self._first(missing)}")
+            found.append(f"{missing.sum():,} of {len(self):,} samples missing{self._first(missing)}")
         if new.any():
-            found.append(f"{new.sum():,} are new{other._first(new)}")
+            found.append(f"{new.sum():,} new{other._first(new)}")
         # Where each sample that is not new lies in this set.
         match = np.searchsorted(self.id_tags, other.id_tags[~new])
         for what, here, there in (
@@ -113,7 +125,7 @@ class Samples:
                 changed = np.zeros(len(other), bool)
                 changed[~new] = here[match] != there[~new]
                 if changed.any():
-                    found.append(f"{changed.sum():,} have another {what}{other._first(changed)}")
+                    found.append(f"{changed.sum():,} with another {what}{other._first(changed)}")
         return "; ".join(found) or "the labels of some samples differ"
 
     def _first(self, mask: np.ndarray) -> str:

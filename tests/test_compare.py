@@ -16,7 +16,8 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 import robust.compare
-from gate_runs import CHECKS, ENVIRONMENT, MODEL, OPTIONS, PGD, make_run
+from gate_runs import CHECKS, ENVIRONMENT, MODEL, OPTIONS, PGD, make_run, verdicts
+from reports.comparehtml import write_page
 from reports.markdown import inert
 from robust import cli
 from robust.baseline import read
@@ -340,6 +341,13 @@ def test_html_is_one_sound_page_that_lets_nothing_in(written):
     assert "The run kept no picture of an image that newly fell" in text
     charts = [attributes for tag, attributes in reader.tags if tag == "svg"]
     assert len(charts) == 2 and "66.7 % before, 41.7 % now" in charts[0]["aria-label"]
+
+
+def test_html_shows_what_no_attack_is_called_as_symbols(tmp_path):
+    run = verdicts({("pgd\x1b[31m", 0.1): [1, 0]})
+    write_page(compare(run, run), tmp_path, tmp_path / "c.html")
+    page = (tmp_path / "c.html").read_text(encoding="utf-8")
+    assert "pgd␛[31m" in page and "\x1b" not in page
 
 
 def pictured(folder: Path, fell: int, saved: bool = False) -> Path:

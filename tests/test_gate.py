@@ -11,7 +11,7 @@ from robust.errors import InputError
 from robust.gate import Comparison, Incomparable, Rules, compare
 from robust.statistics import WORST_CASE
 from robust.store import Finding
-from robust.text import format_p, format_points, visible
+from robust.text import format_bare_p, format_p, format_points, visible
 from robust.verdicts import CLEAN, Row
 
 
@@ -208,12 +208,12 @@ IDS = ["a", "b", "c", "d"]
         (verdicts(PAIR, ids=IDS), verdicts(PAIR, ids=list("wxyz")),
          "the two have no sample in common (4 there, 4 here)"),
         (verdicts(PAIR, ids=IDS), verdicts({("pgd", 0.1): [1, 0, 1]}, ids=IDS[:3]),
-         "1 of 4 samples are missing (the first: d)"),
+         "1 of 4 samples missing (the first: d)"),
         (verdicts(PAIR, ids=IDS), verdicts(PAIR, ids=["a", "b", "c", "é"]),
-         "1 of 4 samples are missing (the first: d); 1 are new (the first: é)"),
-        (verdicts(PAIR, ids=IDS), verdicts(PAIR, ids=IDS, labels=[0, 0, 1, 0]), "1 have another label (the first: c)"),
+         "1 of 4 samples missing (the first: d); 1 new (the first: é)"),
+        (verdicts(PAIR, ids=IDS), verdicts(PAIR, ids=IDS, labels=[0, 0, 1, 0]), "1 with another label (the first: c)"),
         (verdicts(PAIR, ids=IDS), verdicts(PAIR, ids=IDS, sha256=["0" * 63 + k for k in "0193"]),
-         "1 have another content (the first: c)"),
+         "1 with another content (the first: c)"),
         (verdicts(PAIR, options=OPTIONS | {"limit": 4}),
          verdicts(PAIR, ids=IDS, options=OPTIONS | {"limit": 4, "seed": 1}),
          "(drawn by --limit 4 --seed 0 there, --limit 4 --seed 1 here)"),
@@ -304,10 +304,10 @@ def test_a_fall_of_the_clean_accuracy_is_told_from_one_of_robustness():
     )
     assert held == (
         "Of the 40 images that both classify correctly unchanged, 35 withstood the worst case at linf 0.1 before and "
-        "35 do now: robustness itself held."
+        "35 now: robustness itself held."
     )
-    assert answer(clean=(90, 40), pgd=(40, 20)).causes[1].endswith("20 do now: robustness itself fell as well.")
-    assert answer(clean=(90, 40), pgd=(20, 40)).causes[1].endswith("40 do now: robustness itself held.")
+    assert answer(clean=(90, 40), pgd=(40, 20)).causes[1].endswith("20 now: robustness itself fell as well.")
+    assert answer(clean=(90, 40), pgd=(20, 40)).causes[1].endswith("40 now: robustness itself held.")
     (robust, same) = answer(clean=(90, 89), pgd=(50, 35)).causes
     assert robust.endswith("(90.0 % before, 89.0 % now): it is robustness itself that fell.")
     assert same == "The weights are the same, so code outside of them changed."
@@ -340,12 +340,23 @@ def test_few_images_are_told():
     assert compare(run, fall).passed and not compare(run, verdicts({("pgd", 0.1): share(20, 3)})).passed
 
 
+def test_so_few_images_that_no_drop_can_be_significant_are_told():
+    note = "On 20 images no drop can be significant, even if all that were right fall; --plan says how many are needed."
+    for right in (6, 7):
+        run = verdicts({("pgd", 0.1): share(20, right)}, clean=share(20, right))
+        gone = verdicts({("pgd", 0.1): share(20, 0)}, clean=share(20, right))
+        assert (note in compare(run, run).notes) == compare(run, gone).passed == (right == 6)
+    one = verdicts({("pgd", 0.1): [1]})
+    assert any(said.startswith("On 1 image no drop") for said in compare(one, one).notes)
+
+
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
         (format_points(-0.082), "−8.2"), (format_points(0.5), "+50.0"), (format_points(0), "0"),
         (format_points(-0.0002), "−0.02"), (format_p(0.0004), "p < 0.001"), (format_p(0.0341), "p = 0.034"),
-        (format_p(1), "p = 1"), (visible("a\nb\x1b[2J\u202ec\ud800é大"), "a␊b␛[2J\ufffdc\ufffdé大"),
+        (format_p(1), "p = 1"), (format_bare_p(0.0004), "< 0.001"),
+        (format_bare_p(0.0341), "0.034"), (visible("a\nb\x1b[2J\u202ec\ud800é大"), "a␊b␛[2J\ufffdc\ufffdé大"),
     ],
 )  # fmt: skip
 def test_words(written, expected):

@@ -279,7 +279,8 @@ def test_the_junit_file_names_every_report(suite, pytester):
     ("arguments", "message"),
     [
         ("", "there is nothing to hold the run against: give min_accuracy, or a baseline (--robust-baseline FILE)"),
-        ("min_accuracy=40", "min_robust_accuracy is a share between 0 and 1, not 40; did you mean 0.4?"),
+        ("min_accuracy=40", "min_accuracy is a share between 0 and 1, not 40; did you mean 0.4?"),
+        ("strict=True", "strict is about a least accuracy: give min_accuracy or min_clean_accuracy too"),
         ("min_accuracy='0.4'", "min_accuracy is a share between 0 and 1, not '0.4'"),
         ("min_accuracy=0.4, attack='pdg'", "unknown attack 'pdg'; did you mean pgd?"),
         ("min_accuracy=0.4, norm='linfty'", "unknown norm 'linfty'; did you mean linf?"),

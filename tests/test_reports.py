@@ -20,15 +20,15 @@ from PIL import Image
 from rich.console import Console
 
 import reports.html
-from reports import REPORTS, answer, verdict, write_reports
-from reports.answer import headline, strongest
+from reports import REPORTS, write_reports
+from reports.answer import answer, headline, strongest, verdict
 from reports.breakdown import confusions, per_class
 from reports.curve import NARROW, WIDE, describe, inline_svg
 from reports.figures import _safe
-from reports.files import replacing
 from reports.gallery import Example, choose, png
 from reports.terminal import plain_lines, summary_table
 from robust.errors import InputError
+from robust.files import replacing
 from robust.statistics import SUMMARY_COLUMNS
 from robust.store import SAMPLE_COLUMNS, SCHEMA_VERSION, Clean, Finding, Picture, Result, Store
 from robust.units import (
@@ -36,6 +36,7 @@ from robust.units import (
     format_count,
     format_distance,
     format_eps,
+    format_images,
     format_interval,
     format_percent,
     format_seconds,
@@ -75,7 +76,7 @@ def make_store(
             "environment": {"torch": "2.15", "device": "cpu"},
             "class_names": CLASSES,
             "attacks": [{"name": "fgsm", "description": "One step", "source": "arXiv 1412.6572",
-                         "parameters": {"norm": norm}}],
+                         "parameters": {"norm": norm, "step_size": None}}],
             "started": "2026-01-02T03:04:05+00:00",
             "finished": "2026-01-02T03:05:05+00:00",
             "data_fingerprint": "d" * 64,
@@ -218,6 +219,7 @@ def test_seconds_are_said_in_human_units(seconds: float, text: str) -> None:
 
 def test_other_units() -> None:
     assert format_count(1234567) == "1,234,567"
+    assert [format_images(k) for k in (0, 1, 1234)] == ["0 images", "1 image", "1,234 images"]
     assert format_distance(3.14159 / 255, "linf", 4 / 255) == "3.14/255"
     assert format_distance(0.123456, "linf", 0.3) == "0.123"
     assert format_distance(math.nan, "l2", 0.5) == "–"
@@ -246,13 +248,28 @@ def test_the_answer_gives_the_numbers_of_the_summary(store: Store) -> None:
         ({"eps": [0.5], "norm": "l2"}, "With changes of l2 size at most 0.5, 18 of 30 remain"),
         (
             {"eps": [4 / 255], "target": "gibbon"},
-            "With changes of at most 4/255 per pixel, invisible to people, 6 of those 24 come to be taken for "
+            "With changes of at most 4/255 per pixel, invisible to people, 6 of the 24 come to be taken for "
             "‘gibbon’; 18 of 30 withstand (42.3–75.4 %).",
         ),
     ],
 )
 def test_the_answer_claims_no_more_than_is_known(options: dict, words: str) -> None:
     assert words in answer(make_store(**options))
+
+
+@pytest.mark.parametrize(
+    ("target", "robust", "words"),
+    [
+        (None, 1, "classifies 1 of 1 image correctly"),
+        (None, 1, "1 of 1 remains"),
+        (None, 0, "0 of 1 remain ("),
+        ("cat", 1, "0 of the 1 come to be taken for ‘cat’; 1 of 1 withstands"),
+        ("cat", 0, "1 of the 1 comes to be taken for ‘cat’; 0 of 1 withstand ("),
+    ],
+)
+def test_the_answer_on_one_image(target: str | None, robust: int, words: str) -> None:
+    store = make_store(target=target)
+    assert words in answer(store, store.summary().assign(n=1, clean_accuracy=1.0, robust_accuracy=float(robust)))
 
 
 def test_the_headline_is_the_largest_eps_and_the_strongest_attack_never_the_control(store: Store) -> None:
@@ -277,7 +294,9 @@ PASS, WARN, FAIL = Finding("a", "pass", "fine."), Finding("b", "warn", "few."), 
 @pytest.mark.parametrize(
     ("findings", "level", "sentence"),
     [
-        ([PASS], "pass", "This number can be believed, because all 1 checks pass: a."),
+        ([PASS], "pass", "This number can be believed, because the one check passes: a."),
+        ([PASS, replace(PASS, name="b")], "pass", "This number can be believed, because all 2 checks pass: a, b."),
+        ([WARN], "warn", "Believe this number with care, because 1 of 1 check warns: b – few."),
         ([PASS, WARN], "warn", "Believe this number with care, because 1 of 2 checks warns: b – few."),
         ([WARN, FAIL, PASS], "fail", "Do not believe this number yet, because 1 of 3 checks fails: c – masked."),
         ([WARN, replace(WARN, name="d")], "warn", "Believe this number with care, because 2 of 2 checks warn: "
@@ -390,6 +409,11 @@ def test_html_runs_nobodys_script(page: str) -> None:
     assert CLASSES[0] in text and CLASSES[2] in text and CLASSES[3] in text
     assert "<img src=x onerror=alert(1)>.png" in text
     assert "only <30> images" in text
+
+
+def test_html_names_no_option_without_a_value(page: str) -> None:
+    text = "".join(Reader(page).text)
+    assert "norm linf" in text and "step_size" not in text and "None" not in text
 
 
 def test_html_opens_with_the_answer(store: Store, page: str) -> None:

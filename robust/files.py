@@ -1,4 +1,4 @@
-"""The one place where reports open files."""
+"""Files written whole or not at all."""
 
 import os
 from collections.abc import Iterator
