@@ -53,11 +53,6 @@ class APGD(Attack):
 
     steps: int = 100
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, not {self.steps}")
-
     @property
     def queries(self) -> int:
         return apgd_l1.queries(self.steps) if self.norm == "l1" else self.steps + 1

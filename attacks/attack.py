@@ -88,8 +88,9 @@ class Attack(ABC):
             raise ValueError(f"{self.name} has no norm {self.norm!r}; it has {', '.join(self.norms)}")
         if self.targeted and not self.targetable:
             raise ValueError(f"{self.name} chooses its targets itself; to reach one class use apgd-ce or pgd")
-        if self.restarts < 1:
-            raise ValueError(f"restarts must be at least 1, not {self.restarts}")
+        for count in ("restarts", "steps", "n_targets", "queries"):  # of which an attack has some
+            if count in vars(self) and vars(self)[count] < 1:
+                raise ValueError(f"{count} must be at least 1, not {vars(self)[count]}")
 
     @property
     def ball(self) -> Norm:

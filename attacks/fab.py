@@ -64,10 +64,6 @@ class FAB(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, not {self.steps}")
-        if self.n_targets < 1:
-            raise ValueError(f"n_targets must be at least 1, not {self.n_targets}")
         if self.search < 0:
             raise ValueError(f"search must be at least 0, not {self.search}")
 

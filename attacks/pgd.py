@@ -31,11 +31,6 @@ class PGD(Attack):
     step_size: float | None = None
     random_start: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, not {self.steps}")
-
     @property
     def queries(self) -> int:
         return self.steps + 1

@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of third-party networks and images that lies beside the project on the developers' machines."""
+    """The folder beside the project of the networks and images that docs/performance.md names; skips without it."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not (folder / "models" / "architectures.py").is_file():
         pytest.skip("needs ../shared, which the project does not ship")
