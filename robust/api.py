@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from reports.answer import answer
 from robust.data import load_data
 from robust.data.batches import from_batches
 from robust.data.sample import Dataset, Sample
-from robust.environment import environment
+from robust.environment import environment, now
 from robust.errors import InputError
 from robust.harness import Listener, check, evaluate, pick_device, plan
 from robust.models import load_model
@@ -241,7 +240,7 @@ def execute(
         "environment": environment(planned.device, "torchvision", "timm", "foolbox", "numpy"),
         "class_names": list(class_names) if class_names else None,
         "attacks": [_describe(attack, surrogate) for attack in planned.attacks],
-        "started": _now(),
+        "started": now(),
     }
     resumed = resume and output is not None and holds_run(output / FILENAME)
     store = _open_store(output, resume, identity, details)
@@ -254,7 +253,7 @@ def execute(
         if begun and output is not None and not resume:
             raise InputError(f"{error}; what is done is kept: go on with --output {output} --resume") from None
         raise
-    store.set(finished=_now())
+    store.set(finished=now())
     return Run(store)
 
 
@@ -412,7 +411,3 @@ def _parameters(described: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of each attack that `_describe` has described, an ensemble's parts included, by name."""
     parts = [part for attack in described for part in (attack, *attack.get("components", ()))]
     return {part["name"]: json.loads(json.dumps(part["parameters"])) for part in parts}
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

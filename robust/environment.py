@@ -1,7 +1,8 @@
-"""What a run was made with, as its reports state it."""
+"""What a run was made with, and when, as its reports state it."""
 
 import platform
 import sys
+from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -27,3 +28,8 @@ def environment(device: torch.device, *packages: str) -> dict[str, str]:
 @cache  # it reads files
 def _version(package: str) -> str:
     return metadata.version(package)
+
+
+def now() -> str:
+    """The time in UTC, in ISO 8601 to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from robust.conv.gates import Gate
 from robust.conv.ladder import Measurement
 from robust.conv.shapes import Shape, miniatures, shapes
 from robust.data.sample import Dataset, Sample
-from robust.environment import environment
+from robust.environment import environment, now
 from robust.errors import InputError, unknown
 from robust.harness import pick_device
 from robust.models.model import Model
@@ -99,7 +98,7 @@ def verify(
 
     InputError where the model, the data or an option cannot be used.
     """
-    started = _now()
+    started = now()
     where = _checked(device, precision, algorithm, batch_size, steps)
     batch = batch_size or BATCH[where.type]
     samples = list(data)
@@ -171,7 +170,7 @@ def verify(
         layers=converted.layers,
         notes=tuple(notes),
         started=started,
-        finished=_now(),
+        finished=now(),
     )  # fmt: skip
 
 
@@ -242,7 +241,3 @@ def _data(
 ) -> dict[str, Any]:
     correct = (agreement.classes(original, x, batch) == labels).sum().item()
     return {"name": data.name, "images": len(samples), "correct": correct}
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
