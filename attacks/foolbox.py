@@ -140,7 +140,7 @@ class FoolboxAttack:
 
 
 def foolbox_attacks() -> dict[str, Any]:
-    """Foolbox's attack classes by prefixed name: those whose perturbation a norm bounds."""
+    """Foolbox's attack classes by prefixed name: those whose perturbation a norm bounds, and that need no data."""
     import foolbox.attacks as catalogue
     from foolbox.attacks.base import AttackWithDistance
 
@@ -148,7 +148,7 @@ def foolbox_attacks() -> dict[str, Any]:
     return {
         PREFIX + name: value
         for name, value in sorted(classes.items())
-        if issubclass(value, AttackWithDistance) and not inspect.isabstract(value)
+        if issubclass(value, AttackWithDistance) and not inspect.isabstract(value) and not hasattr(value, "feed")
     }
 
 

@@ -139,7 +139,7 @@ def _from_run(path: Path, source: str) -> Verdicts:
 def _from_json(text: bytes, source: str) -> Verdicts:
     try:
         report = json.loads(text.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, numbers of thousands of digits
         raise InputError(f"{source} is truncated or damaged, no JSON ({error}); restore it or make it anew") from None
     if not isinstance(report, dict) or "schema_version" not in report:
         raise InputError(f"{source} is neither a report.json nor a {BASELINE} of robust: it has no schema_version")

@@ -219,7 +219,7 @@ class _Job:
         count_classes(model.module, (channels, height, width))  # says what is wrong with a module that fails
         _seed(options.seed, 0, "preflight")
         both_ways = "it must take one image and several, with gradients and without"
-        with _readable_failure(model, "the first images", both_ways):
+        with _readable_failure(model, "on the first images", both_ways):
             if not keeps_input(model, few):
                 raise InputError("the model changes the images it is given; let its forward begin with x = x.clone()")
             logits = _logits(model.module, few, model.num_classes)
@@ -371,7 +371,7 @@ class _Job:
         """The outcomes in the order of the tasks, so that what follows does not depend on who broke first."""
         outcomes = {}
         for outcome in attacks.run(
-            module, attack, tasks, self.options.eps,
+            _Watched(self.model, module), attack, tasks, self.options.eps,
             slots=self.options.batch_size, seed=self.options.seed, draws=self.options.draws,
         ):  # fmt: skip
             outcomes[outcome.position] = outcome
@@ -480,7 +480,7 @@ class _Job:
 
     def _ask(self, x: Tensor) -> Tensor:
         module, rows = self.model.module, self.options.batch_size
-        with _readable_failure(self.model, f"batches of up to {rows} images", "give a batch_size that it takes"):
+        with _readable_failure(self.model, f"on batches of up to {rows} images", "give a batch_size that it takes"):
             parts = [_logits(module, padded(part, rows), self.model.num_classes)[: len(part)] for part in x.split(rows)]
         return torch.cat(parts)
 
@@ -529,6 +529,18 @@ class _Job:
                 x=x.cpu().numpy(),
                 x_adv=verified.x_adv.cpu().numpy(),
             )
+
+
+class _Watched(nn.Module):
+    """The model's module or its twin, saying so where it fails under an attack."""
+
+    def __init__(self, model: Model, module: nn.Module):
+        super().__init__()
+        self.model, self.module = model, module
+
+    def forward(self, x: Tensor) -> Tensor:
+        with _readable_failure(self.model, "under attack", "mend that, or give a smaller batch_size"):
+            return self.module(x)
 
 
 def within(distance: Any, eps: Any, norm: str, pixels: int) -> Any:
@@ -601,14 +613,14 @@ def _seed(seed: int, start: int, what: str) -> None:
 
 
 @contextlib.contextmanager
-def _readable_failure(model: Model, images: str, advice: str) -> Iterator[None]:
-    """InputError for whatever a user's module raises when it is asked about these images."""
+def _readable_failure(model: Model, where: str, advice: str) -> Iterator[None]:
+    """InputError for whatever a user's module raises when it is asked."""
     try:
         yield
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise InputError(f"the model {model.name} fails on {images}: {describe(error)}; {advice}") from error
+        raise InputError(f"the model {model.name} fails {where}: {describe(error)}; {advice}") from error
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ DEFAULT_ATTACKS = {
 }
 RAND_DRAWS = 20  # of autoattack-rand, whose standard they are
 MOST_ROWS = 2**20  # of a batch
+MOST = 2**31  # of what else is counted
 
 # The budgets that people compare at (largest last), after a few smaller ones that show the fall:
 # CIFAR 8/255, 0.5 and 12, ImageNet 4/255, 3 and 60, MNIST 0.3 and 10 (linf, l2, l1). l0 counts values.
@@ -84,12 +85,10 @@ class Options:
             raise InputError(f"attack {repeated[0]} is named twice; name it once")
         for value in self.eps:
             _check_eps(value, self.norm)
-        if self.batch_size > MOST_ROWS:
-            raise InputError(f"batch_size must be at most {MOST_ROWS}, not {self.batch_size}")
-        _check_at_least(
-            1, steps=self.steps, restarts=self.restarts, queries=self.queries, eot=self.eot,
-            batch_size=self.batch_size, limit=self.limit,
-        )  # fmt: skip
+        _check_between(
+            1, MOST, steps=self.steps, restarts=self.restarts, queries=self.queries, eot=self.eot, limit=self.limit
+        )
+        _check_between(1, MOST_ROWS, batch_size=self.batch_size)
         rand = "autoattack-rand" in self.attacks
         if rand and self.eot not in (None, RAND_DRAWS):
             raise InputError(f"autoattack-rand is the vote of {RAND_DRAWS} draws, by its standard; leave eot out")
@@ -178,7 +177,9 @@ def _check_eps(eps: float, norm: str) -> None:
         raise InputError(f"eps in l0 counts the values that may change, so it is a whole number, not {eps:g}")
 
 
-def _check_at_least(least: int, **values: int | None) -> None:
+def _check_between(least: int, most: int, **values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < least:
             raise InputError(f"{name} must be at least {least}, not {value}")
+        if value is not None and value > most:
+            raise InputError(f"{name} must be at most {most}, not {value}")

@@ -197,6 +197,11 @@ def edited(path: Path, tmp_path: Path, change) -> Path:
     return tmp_path / "edited.json"
 
 
+def test_a_number_of_thousands_of_digits_is_refused(tmp_path):
+    (tmp_path / "b.json").write_text('{"schema_version": ' + "9" * 5000 + "}")
+    assert "JSON" in refusal(tmp_path / "b.json")
+
+
 def test_a_truncated_file_is_refused_wherever_it_ends(baseline, tmp_path):
     whole = baseline.read_bytes()
     cut = tmp_path / "cut.json"

@@ -443,6 +443,7 @@ def test_parameters_that_no_gradient_passes_are_refused(data):
         made_there = conv_net()
     for module, message in (
         (nn.Sequential(nn.Flatten(), nn.LazyLinear(5)), r"1\.weight is not initialised; call the model once"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(432, 5, device="meta")), r"1\.weight is on the meta device"),
         (made_there, r"0\.weight was made under torch\.inference_mode"),
     ):
         with pytest.raises(InputError, match=message):
@@ -686,6 +687,30 @@ class Small(nn.Module):
         if len(x) > 8:
             raise torch.OutOfMemoryError("out of memory") if self.memory else ValueError("too many")
         return self.net(x)
+
+
+class Tires(nn.Module):
+    """Fails from its n-th evaluation with gradients on."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.net, self.left = conv_net(), n
+
+    def forward(self, x):
+        self.left -= int(x.requires_grad)
+        if self.left < 0:
+            raise ValueError("tired")
+        return self.net(x)
+
+    def __deepcopy__(self, memo):
+        return self  # so that the twin tires too
+
+
+def test_a_model_that_fails_under_attack_is_named_and_what_is_done_is_kept(data, tmp_path):
+    with pytest.raises(InputError, match=r"the model Tires fails under attack: ValueError: tired; .* what is done is"):
+        robust.run(Tires(20), data, attacks=["fgsm", "pgd"], eps=[0.001], output=tmp_path / "run")
+    kept = robust.load(tmp_path / "run").samples
+    assert set(kept.attack) == {"fgsm"} and len(kept) == len(data[1])
 
 
 @pytest.mark.parametrize(

@@ -408,6 +408,8 @@ def write_unfit(kind: str, state: dict[str, Tensor], path: Path) -> None:
                 torch.jit.script(nn.Linear(2, 2)).save(str(path))
         case "list":
             torch.save(list(state.values()), path)
+        case "numbered":
+            torch.save(dict(enumerate(state.values())), path)
         case "empty":
             torch.save({}, path)
         case "truncated":
@@ -434,6 +436,7 @@ def write_unfit(kind: str, state: dict[str, Tensor], path: Path) -> None:
         ("numpy", ["needs unpickling", "numpy"]),
         ("torchscript", ["TorchScript"]),
         ("list", ["no state dict"]),
+        ("numbered", ["no state dict"]),
         ("empty", ["no state dict"]),
         ("truncated", ["corrupt"]),
         ("text", ["corrupt"]),

@@ -89,7 +89,7 @@ def _check(x: _Array, y: _Array, path: Path, model: Model) -> None:
     if math.prod(x.shape) == 0:
         raise InputError(f"{found}, which holds no image")
     layout = "uint8 is (N, H, W) or (N, H, W, C)" if is_image else "float is (N, C, H, W)"
-    shape = tuple(_pixels(np.zeros(x.shape[1:], x.dtype)).shape)
+    shape = tuple(_pixels(x.row(0)).shape)
     if model.input_size is None and shape[0] not in (1, 3):
         raise InputError(f"{found}, so it has {shape[0]} channels: {layout}; or name the size with --input-size")
     if model.input_size not in (None, shape):

@@ -38,7 +38,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     for key in CONTAINERS:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
+    ):
         raise InputError(f"{path} holds no state dict (names to tensors): save the model's state_dict()")
     for prefix in WRAPPERS:
         if all(name.startswith(prefix) for name in state):

@@ -21,13 +21,14 @@ def count_classes(module: nn.Module, size: Size) -> int:
     """
     check_parameters(module)
     parameter = next(module.parameters(), torch.empty(0))
-    x = torch.rand(2, *size, generator=torch.Generator().manual_seed(0)).to(parameter.device)
     try:
+        x = torch.rand(2, *size, generator=torch.Generator().manual_seed(0)).to(parameter.device)
         with torch.no_grad(), torch.random.fork_rng():  # the network may be random
             logits = module(x)
+        fault = _fault(logits)
     except Exception as error:  # a user's network may raise anything
         raise InputError(f"the model fails on {_written(size)} images: {describe(error)}") from error
-    if fault := _fault(logits):
+    if fault:
         raise _NoClassifier(f"on {_written(size)} images the model {fault}")
     if len(logits) != 2 or logits.shape[1] < 2:
         raise InputError(
@@ -42,6 +43,8 @@ def check_parameters(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter):
             raise InputError(f"the model's parameter {name} is not initialised; call the model once on a batch first")
+        if parameter.is_meta:
+            raise InputError(f"the model's parameter {name} is on the meta device, without values; load weights first")
         if parameter.is_inference():
             raise InputError(f"the model's parameter {name} was made under torch.inference_mode; make it outside")
 
