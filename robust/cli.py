@@ -10,6 +10,7 @@ import sqlite3
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -57,6 +58,8 @@ def main(command: Callable[..., Any]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a dash that the encoding lacks is no reason to fail
             stream.reconfigure(errors="replace")
+    if empty := next((option for option, value in pairwise(sys.argv) if option[:2] == "--" and value == ""), None):
+        _fail(f"{empty} is empty: give it a value, or leave it out")  # a path would be the folder that one is in
     try:
         # Typer prints usage errors in a box of many lines; ours are one line, as all others.
         sys.exit(app(standalone_mode=False) or 0)
@@ -69,7 +72,7 @@ def main(command: Callable[..., Any]) -> NoReturn:
             _fail(BUSY)
         if disk_is_full(error):
             _fail("the disk is full: make room, then repeat it with --output and --resume; what is done is kept")
-        if not isinstance(error, OSError) and "readonly" not in str(error):
+        if not isinstance(error, OSError) and not re.search("readonly|I/O", str(error)):
             _fault()
         _fail(f"{error}; mend that, or name another --output, and repeat the command; what is done is kept")
     except Exception as error:

@@ -172,7 +172,10 @@ def _update(path: Path, run: Path, rules: "gate.Rules", quiet: bool) -> int:
     said = f"new, {format_images(len(current))}"
     if path.exists():
         try:
-            comparison = gate.compare(read(path), current, rules)
+            before = read(path)
+            if before.samples.ids is not None:
+                raise InputError(f"{path} is a run's own file, and no baseline")
+            comparison = gate.compare(before, current, rules)
         except InputError as error:
             raise InputError(f"{error}; {path} is left as it was: remove it first if it has had its day") from None
         said = str(comparison.headline)

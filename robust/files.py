@@ -11,8 +11,14 @@ from typing import BinaryIO, cast
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` once the block has ended well.
 
-    Whatever goes wrong, `path` holds what it held before, or all of the new.
+    Whatever goes wrong, `path` holds what it held before, or all of the new. A link is followed, and what is no
+    regular file, such as /dev/stdout, is written to.
     """
+    path = path.resolve()
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with open(path, "wb") as stream:
+            yield cast(BinaryIO, stream)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -57,6 +57,8 @@ class Rules:
             if value is not None and not 0 <= value <= 1:
                 hint = f"; did you mean {value / 100:g}?" if 1 < value <= 100 else ""
                 raise InputError(f"{name} is a share between 0 and 1, not {value:g}{hint}")
+        if self.significant == 0:
+            raise InputError("significant is above 0: at 0 no drop could be; give 0.05")
         if self.strict and self.min_robust_accuracy is None and self.min_clean_accuracy is None:
             raise InputError("strict is about a least accuracy: give min_robust_accuracy or min_clean_accuracy too")
         if self.max_drop is None and self.significant is None:

@@ -75,7 +75,8 @@ def plan(options: Options, model: Model, class_names: Sequence[str] | None, surr
             "name one trained on the same classes"
         )
     crafted_on = None if surrogate is None else surrogate.module
-    made = _attacks(options, model.num_classes, crafted_on)
+    watched = None if surrogate is None else _Watched(f"surrogate {surrogate.name}", surrogate.module)
+    made = _attacks(options, model.num_classes, watched)
     named = replace(model, class_names=tuple(class_names) if class_names else None)
     target = None if options.target is None else label_of(options.target, named, "target")
     return Plan(made, target, device, crafted_on)
@@ -219,7 +220,7 @@ class _Job:
         count_classes(model.module, (channels, height, width))  # says what is wrong with a module that fails
         _seed(options.seed, 0, "preflight")
         both_ways = "it must take one image and several, with gradients and without"
-        with _readable_failure(model, "on the first images", both_ways):
+        with _readable_failure(f"model {model.name}", "on the first images", both_ways):
             if not keeps_input(model, few):
                 raise InputError("the model changes the images it is given; let its forward begin with x = x.clone()")
             logits = _logits(model.module, few, model.num_classes)
@@ -259,7 +260,8 @@ class _Job:
         for name, module in networks.items():
             if module is not None:
                 _seed(self.options.seed, 0, name)
-                said[name] = _logits(module, x, self.model.num_classes).cpu()
+                with _readable_failure(name, "on the first two images", "mend that and begin anew"):
+                    said[name] = _logits(module, x, self.model.num_classes, name).cpu()
         return said
 
     def clean_window(self, start: int, window: Sequence[Sample], x: Tensor) -> list[Clean]:
@@ -371,7 +373,7 @@ class _Job:
         """The outcomes in the order of the tasks, so that what follows does not depend on who broke first."""
         outcomes = {}
         for outcome in attacks.run(
-            _Watched(self.model, module), attack, tasks, self.options.eps,
+            _Watched(f"model {self.model.name}", module), attack, tasks, self.options.eps,
             slots=self.options.batch_size, seed=self.options.seed, draws=self.options.draws,
         ):  # fmt: skip
             outcomes[outcome.position] = outcome
@@ -480,7 +482,11 @@ class _Job:
 
     def _ask(self, x: Tensor) -> Tensor:
         module, rows = self.model.module, self.options.batch_size
-        with _readable_failure(self.model, f"on batches of up to {rows} images", "give a batch_size that it takes"):
+        with _readable_failure(
+            f"model {self.model.name}",
+            f"on batches of up to {rows} images",
+            "mend that and go on, or begin anew with a batch_size that it takes",
+        ):
             parts = [_logits(module, padded(part, rows), self.model.num_classes)[: len(part)] for part in x.split(rows)]
         return torch.cat(parts)
 
@@ -532,14 +538,16 @@ class _Job:
 
 
 class _Watched(nn.Module):
-    """The model's module or its twin, saying so where it fails under an attack."""
+    """A module, named where it fails under an attack."""
 
-    def __init__(self, model: Model, module: nn.Module):
+    def __init__(self, name: str, module: nn.Module):
         super().__init__()
-        self.model, self.module = model, module
+        self.name, self.module = name, module
 
     def forward(self, x: Tensor) -> Tensor:
-        with _readable_failure(self.model, "under attack", "mend that, or give a smaller batch_size"):
+        with _readable_failure(
+            self.name, "under attack", "mend that and go on, or begin anew with a smaller batch_size"
+        ):
             return self.module(x)
 
 
@@ -586,18 +594,20 @@ def round_to_8bit(x: Tensor, x_adv: Tensor, eps: float, norm: str) -> Tensor:
     return torch.where(x_adv == x, x, rounded) if norm in ("l1", "l0") else rounded
 
 
-def _logits(module: nn.Module, x: Tensor, num_classes: int) -> Tensor:
-    """(N, num_classes) finite logits of the model itself, in float32 or float64, or InputError."""
+def _logits(module: nn.Module, x: Tensor, num_classes: int, name: str = "model") -> Tensor:
+    """(N, num_classes) finite logits of the model itself, in float32 or float64, or InputError, which names it."""
     with torch.no_grad():
         logits = module(x)
     if not isinstance(logits, Tensor) or logits.shape != (len(x), num_classes):
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(
-            f"the model's output must be logits of shape ({len(x)}, {num_classes}), not {shape}; "
+            f"the {name}'s output must be logits of shape ({len(x)}, {num_classes}), not {shape}; "
             "wrap the model so that it returns one row of logits an image"
         )
     if not bool(logits.isfinite().all()):
-        raise InputError("the model's output holds NaN or infinity; check its weights and the normalisation inside it")
+        raise InputError(
+            f"the {name}'s output holds NaN or infinity; check its weights and the normalisation inside it"
+        )
     # Half the digits may tie where all do not.
     return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -613,14 +623,14 @@ def _seed(seed: int, start: int, what: str) -> None:
 
 
 @contextlib.contextmanager
-def _readable_failure(model: Model, where: str, advice: str) -> Iterator[None]:
+def _readable_failure(name: str, where: str, advice: str) -> Iterator[None]:
     """InputError for whatever a user's module raises when it is asked."""
     try:
         yield
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise InputError(f"the model {model.name} fails {where}: {describe(error)}; {advice}") from error
+        raise InputError(f"the {name} fails {where}: {describe(error)}; {advice}") from error
 
 
 @contextlib.contextmanager
@@ -629,8 +639,9 @@ def _readable_exhaustion(batch_size: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        smaller = f", or begin anew with a batch_size below {batch_size}" if batch_size > 1 else ""
         raise InputError(
-            f"the device has too little memory ({describe(error)}): batch_size is {batch_size}, give a smaller one"
+            f"the device has too little memory ({describe(error)}): free some and go on{smaller}"
         ) from error
 
 

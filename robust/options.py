@@ -19,7 +19,7 @@ DEFAULT_ATTACKS = {
 }
 RAND_DRAWS = 20  # of autoattack-rand, whose standard they are
 MOST_ROWS = 2**20  # of a batch
-MOST = 2**31  # of what else is counted
+MOST = 10**7  # of what else is counted
 
 # The budgets that people compare at (largest last), after a few smaller ones that show the fall:
 # CIFAR 8/255, 0.5 and 12, ImageNet 4/255, 3 and 60, MNIST 0.3 and 10 (linf, l2, l1). l0 counts values.

@@ -22,7 +22,7 @@ from robust.errors import InputError, unknown
 from robust.harness import pick_device
 from robust.models.model import Model
 from robust.models.probe import count_classes, describe
-from robust.options import Options
+from robust.options import MOST_ROWS, Options
 
 ATTACKS = ("fgsm", "pgd")
 PRECISIONS = [name for name in gates.PRECISIONS if name != "float64"]
@@ -185,6 +185,8 @@ def _checked(device: str, precision: str, algorithm: str, batch_size: int | None
     for name, value in (("batch_size", batch_size), ("steps", steps)):
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
+        if value is not None and value > MOST_ROWS:
+            raise InputError(f"{name} must be at most {MOST_ROWS}, not {value}")
     where = pick_device(device)
     if where.type not in BATCH:
         raise InputError(f"device {device!r} cannot be used; name cpu or cuda")

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from html import unescape
@@ -185,6 +187,30 @@ def test_update_writes_a_baseline_that_the_next_run_is_held_against(here, capsys
 def test_update_under_another_name(here, capsys):
     assert run("--update bases/a.json before --quiet", capsys) == (0, "", "")
     assert run("bases/a.json same --quiet", capsys) == (0, "", "")
+
+
+@pytest.mark.parametrize("file", [FILENAME, "report.json", "samples.csv"])
+def test_update_never_replaces_a_run(runs, tmp_path, capsys, file):
+    shutil.copytree(runs / "before", tmp_path / "run")
+    kept = (tmp_path / "run" / file).read_bytes()
+    code, _, err = run(f"--update {tmp_path}/run/{file} {tmp_path}/run", capsys)
+    assert code == 2 and "is a run's own file, and no baseline" in err
+    assert (tmp_path / "run" / file).read_bytes() == kept
+
+
+def test_files_are_written_through_links_and_to_what_is_no_regular_file(here, capsys):
+    (here / "real.md").write_text("old")
+    (here / "link.md").symlink_to("real.md")
+    os.mkfifo(here / "pipe")
+    reader = subprocess.Popen(["cat", "pipe"], cwd=here, stdout=subprocess.PIPE, text=True)
+    assert run("before same --quiet --markdown link.md --json pipe", capsys)[0] == 0
+    assert json.loads(reader.communicate(timeout=60)[0])["passed"] is True
+    assert (here / "link.md").is_symlink() and (here / "real.md").read_text().startswith("#")
+
+
+def test_an_empty_path_is_refused(here, capsys):
+    code, _, err = run("before same --markdown ''", capsys)
+    assert (code, err) == (2, "error: --markdown is empty: give it a value, or leave it out\n")
 
 
 def test_update_never_replaces_what_it_cannot_compare(here, capsys):

@@ -7,7 +7,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from data_files import IMAGENET_MODEL, image_bytes, model_of, pattern, saved
 from robust.data.images import BadImage, decode, pixels
@@ -108,6 +108,16 @@ def test_16_bit_colour_keeps_the_high_byte():
 def test_pixels_without_one_right_reading_are_refused(mode, format, reason):
     with pytest.raises(BadImage, match=f"a has pixels of .*{reason}"):
         decode(saved(Image.new(mode, (8, 8)), format), "a", COLOUR)
+
+
+def test_16_bits_with_white_as_zero_are_refused():
+    """Pillow reads them as their negative."""
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    info[262] = 0
+    stream = BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(stream, format="TIFF", tiffinfo=info)
+    with pytest.raises(BadImage, match="white is zero"):
+        decode(stream.getvalue(), "a", GRAY)
 
 
 def test_a_16_bit_pgm_is_refused():

@@ -716,8 +716,8 @@ def test_a_model_that_fails_under_attack_is_named_and_what_is_done_is_kept(data,
 @pytest.mark.parametrize(
     ("memory", "message"),
     [
-        (True, r"the device has too little memory \(OutOfMemoryError: .*\): batch_size is 64, give a smaller one"),
-        (False, "the model Small fails on batches of up to 64 images: ValueError: too many; give a batch_size"),
+        (True, r"the device has too little memory \(OutOfMemoryError: .*\): free some .* with a batch_size below 64"),
+        (False, "the model Small fails on batches of up to 64 images: ValueError: too many; mend that and"),
     ],
 )
 def test_a_model_that_fails_on_large_batches_is_refused_in_a_line(memory, message, data, tmp_path):

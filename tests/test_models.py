@@ -408,6 +408,16 @@ def write_unfit(kind: str, state: dict[str, Tensor], path: Path) -> None:
                 torch.jit.script(nn.Linear(2, 2)).save(str(path))
         case "list":
             torch.save(list(state.values()), path)
+        case "damaged":
+            torch.save(state, path)
+            raw = bytearray(path.read_bytes())
+            middle = len(raw) // 2
+            raw[middle : middle + 64] = bytes(64)
+            path.write_bytes(raw)
+        case "newer protocol":
+            torch.save(state, path, pickle_protocol=5)
+        case "complex":
+            torch.save({**state, "fc.bias": state["fc.bias"] * 1j}, path)
         case "numbered":
             torch.save(dict(enumerate(state.values())), path)
         case "empty":
@@ -437,6 +447,9 @@ def write_unfit(kind: str, state: dict[str, Tensor], path: Path) -> None:
         ("torchscript", ["TorchScript"]),
         ("list", ["no state dict"]),
         ("numbered", ["no state dict"]),
+        ("damaged", ["corrupt"]),
+        ("newer protocol", ["its default pickle_protocol"]),
+        ("complex", ["fc.bias complex on one side only"]),
         ("empty", ["no state dict"]),
         ("truncated", ["corrupt"]),
         ("text", ["corrupt"]),

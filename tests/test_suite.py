@@ -408,6 +408,24 @@ def test_transfer_needs_a_surrogate_of_the_same_classes_and_size(model, data):
         robust.run(model, data, attacks=["transfer"], eps=0.02, surrogate=nn.Sequential(nn.Flatten(), nn.Linear(7, 5)))
 
 
+class Pairs(nn.Module):
+    """Takes two images at a time, and no other number."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = conv_net()
+
+    def forward(self, x):
+        if len(x) != 2:
+            raise ValueError("not two")
+        return self.net(x)
+
+
+def test_a_surrogate_that_fails_under_attack_is_named(model, data):
+    with pytest.raises(InputError, match="the surrogate Pairs fails under attack: ValueError: not two"):
+        robust.run(model, data, attacks=["transfer"], eps=0.1, surrogate=Pairs())
+
+
 def test_runs_that_crafted_on_other_surrogates_are_not_compared(model, data):
     """Though both are called Sequential."""
     runs = [

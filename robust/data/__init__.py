@@ -58,6 +58,8 @@ def load_data(
         raise _unknown(spec)
     if label is not None and kind != "image":
         raise InputError(f"--label is for a single image, and {spec} holds its own labels: leave it out")
+    if data_root is not None and kind != "torchvision":
+        raise InputError(f"--data-root is for torchvision's data sets, and {spec} is none: leave it out")
     _, load = SOURCES[kind]
     source = printable(load(Request(spec, model, label, data_root, skip_bad_images)))
     if not source.ids:

@@ -124,6 +124,8 @@ def _plain(image: Image.Image, name: str) -> Image.Image:
     mode = image.mode
     has_alpha = mode in ("LA", "PA", "RGBA") or "transparency" in image.info
     if mode in ("I;16", "I;16B", "I;16L", "I;16N"):
+        if getattr(image, "tag_v2", {}).get(262) == 0:  # Pillow turns these over in 8 bits only
+            raise BadImage(name, "is a 16-bit TIFF in which white is zero; save it with black as zero")
         deep = np.asarray(image)
         if has_alpha and (deep == image.info["transparency"]).any():
             raise BadImage(name, _TRANSPARENT)

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
                 f"{path} needs unpickling ({wanted[1]}) and is refused, as that can run code from the file: "
                 "save the model's state_dict() with torch.save, or as .safetensors"
             ) from error
+        if "pickle protocol" in str(error) or "Unsupported operand" in str(error):
+            raise InputError(
+                f"{path} cannot be read without unpickling, which is refused, as that can run code from the file: "
+                "save the model's state_dict() with torch.save and its default pickle_protocol, or as .safetensors"
+            ) from error
         if "TorchScript" in str(error):
             raise InputError(f"{path} is a TorchScript program: save the model's state_dict()") from error
         raise InputError(f"{path} is corrupt or no checkpoint: download or save it again") from error
@@ -57,8 +63,13 @@ def load_into(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         for name, tensor in module.state_dict().items()
         if name in state and _shape(state[name]) != _shape(tensor)
     ]
-    if wrong:
-        raise _misfit(module, path, {"of the wrong shape": wrong})
+    turned = [
+        name
+        for name, tensor in module.state_dict().items()
+        if name in state and isinstance(tensor, Tensor) and state[name].is_complex() != tensor.is_complex()
+    ]
+    if wrong or turned:
+        raise _misfit(module, path, {"of the wrong shape": wrong, "complex on one side only": turned})
     try:
         missing, unexpected = module.load_state_dict(state, strict=False)
     except (RuntimeError, ValueError) as error:  # some layers check more, such as their version
@@ -81,10 +92,14 @@ def build_with(build: Callable[[int | None], nn.Module], state: dict[str, Tensor
 
 
 def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         from safetensors.torch import load_file
 
         return load_file(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch does not look
+                raise ValueError(f"{damaged} is damaged")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch warns of here is refused anyway
         return torch.load(path, map_location="cpu", weights_only=True)
