@@ -173,11 +173,11 @@ def _update(path: Path, run: Path, rules: "gate.Rules", quiet: bool) -> int:
     if path.exists():
         try:
             before = read(path)
-            if before.samples.ids is not None:
-                raise InputError(f"{path} is a run's own file, and no baseline")
             comparison = gate.compare(before, current, rules)
         except InputError as error:
             raise InputError(f"{error}; {path} is left as it was: remove it first if it has had its day") from None
+        if before.samples.ids is not None:
+            raise InputError(f"{path} is a run's own file and no baseline; name one such as robustness-baseline.json")
         said = str(comparison.headline)
         if not quiet:
             _print(comparison)

@@ -194,7 +194,7 @@ def test_update_never_replaces_a_run(runs, tmp_path, capsys, file):
     shutil.copytree(runs / "before", tmp_path / "run")
     kept = (tmp_path / "run" / file).read_bytes()
     code, _, err = run(f"--update {tmp_path}/run/{file} {tmp_path}/run", capsys)
-    assert code == 2 and "is a run's own file, and no baseline" in err
+    assert code == 2 and "is a run's own file and no baseline; name one such" in err
     assert (tmp_path / "run" / file).read_bytes() == kept
 
 
