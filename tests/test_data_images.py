@@ -113,7 +113,7 @@ def test_pixels_without_one_right_reading_are_refused(mode, format, reason):
 def test_16_bits_with_white_as_zero_are_refused():
     """Pillow reads them as their negative."""
     info = TiffImagePlugin.ImageFileDirectory_v2()
-    info[262] = 0
+    info[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] = 0
     stream = BytesIO()
     Image.fromarray(np.zeros((8, 8), np.uint16)).save(stream, format="TIFF", tiffinfo=info)
     with pytest.raises(BadImage, match="white is zero"):

@@ -619,8 +619,8 @@ def test_a_random_model_resumes(generator, data, tmp_path):
             return self.net(x + 0.3 * noise)
 
     arguments = {"data": data, "attacks": ["fgsm"], "eps": [0.02], "output": tmp_path / "run"}
-    robust.run(Noisy(), **arguments)
-    robust.run(Noisy(), **arguments, resume=True)
+    first = robust.run(Noisy(), **arguments)
+    assert robust.run(Noisy(), **arguments, resume=True).samples.equals(first.samples)
 
 
 def test_a_run_does_not_resume_with_another_version_of_an_attack(model, data, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 from torch import Tensor
 
 from robust.errors import InputError
@@ -124,7 +125,7 @@ def _plain(image: Image.Image, name: str) -> Image.Image:
     mode = image.mode
     has_alpha = mode in ("LA", "PA", "RGBA") or "transparency" in image.info
     if mode in ("I;16", "I;16B", "I;16L", "I;16N"):
-        if getattr(image, "tag_v2", {}).get(262) == 0:  # Pillow turns these over in 8 bits only
+        if getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == 0:  # Pillow turns these over in 8 bits only
             raise BadImage(name, "is a 16-bit TIFF in which white is zero; save it with black as zero")
         deep = np.asarray(image)
         if has_alpha and (deep == image.info["transparency"]).any():
