@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conv_cases import CASES, MEMORY, Case, integers, randoms, relative_error
 from robust.conv import functional
@@ -124,6 +125,19 @@ def test_only_the_gradients_asked_for_are_computed(monkeypatch: pytest.MonkeyPat
 
 # Frozen, with its epilogue
 
+
+class Seen(TorchDispatchMode):
+    """Keeps the names of all operators that the dispatcher is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
 EPILOGUES = [dict(zip(("shift", "residual", "relu"), bits, strict=True)) for bits in product((0, 1), repeat=3)]
 
 
@@ -168,11 +182,29 @@ def test_frozen_float32_takes_onednns_fused_product(epilogue: dict[str, int]) ->
 
 def test_frozen_is_no_function_of_its_weights() -> None:
     """And says so, where zeros would be wrong."""
-    ours, _, (x, residual), _ = frozen("im2col", SMALL, EPILOGUES[-1])
+    ours, _, (x, residual), g = frozen("im2col", SMALL, EPILOGUES[-1])
     y = ours(x.requires_grad_(), residual)
-    (x_grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="conv2d_frozen_grad"):
+    (x_grad,) = torch.autograd.grad(y, x, g.requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
         x_grad.square().sum().backward()
+
+
+def test_frozen_without_the_dispatcher_is_the_operator() -> None:
+    """The same bits, in the output and both gradients."""
+    ours, _, inputs, g = frozen("im2col", SMALL, EPILOGUES[-1])
+    direct = differentiated(ours, inputs, g)
+    assert len(direct) == 3
+
+    class Wrapped(Tensor):
+        """A subclass, which only the dispatcher knows how to treat."""
+
+    with Seen() as seen:
+        as_operator = differentiated(ours, [part.as_subclass(Wrapped) for part in inputs], g)
+    assert "robust::conv2d_frozen" in seen.names and "robust::conv2d_frozen_grad" in seen.names
+    with Seen() as seen:
+        differentiated(ours, inputs, g)
+    assert seen.names and not any(name.startswith("robust") for name in seen.names)
+    assert all(torch.equal(a, b) for a, b in zip(direct, as_operator, strict=True))
 
 
 # As an operator

@@ -54,6 +54,8 @@ def conv2d_frozen(
     `channels` are (C, K). `packed` and `packed_grad` are what the algorithm's `pack` and `pack_input_grad` made of the
     weight; shift is (K,), residual of the output's shape. ValueError where x or the residual does not fit.
     """
+    if type(x) is Tensor and not x.is_meta and not torch.compiler.is_compiling():
+        return _FrozenConv2d.apply(x, residual, packed, packed_grad, shift, relu, channels, geometry, algorithm)
     return torch.ops.robust.conv2d_frozen(
         x, packed, packed_grad, shift, residual, relu, list(channels), list(geometry.kernel),
         list(geometry.stride), list(geometry.padding), list(geometry.dilation), geometry.groups, algorithm,
@@ -183,8 +185,7 @@ def _frozen(
     groups: int, algorithm: str,
 ) -> Tensor:  # fmt: skip
     geometry = _geometry(kernel, stride, padding, dilation, groups)
-    _check_frozen(x, packed[0], residual, channels, geometry)
-    return _own(_algorithm(algorithm).forward(x, packed, geometry, Epilogue(shift, residual, relu)))
+    return _frozen_forward(x, packed, shift, residual, relu, channels, geometry, algorithm)
 
 
 @_frozen.register_fake
@@ -223,11 +224,10 @@ def _keep_frozen(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _frozen_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    packed_grad, mask = list(ctx.saved_tensors), None
+    packed_grad, y = list(ctx.saved_tensors), None
     if ctx.with_relu:
-        *packed_grad, mask = packed_grad
-    if ctx.with_residual and mask is not None:  # both of the sum's terms want it masked
-        g, mask = torch.ops.aten.threshold_backward(g, mask, 0), None
+        *packed_grad, y = packed_grad
+    g, mask = _through_relu(g, y, ahead=ctx.with_residual)  # both of a sum's terms want it masked
     dx = None
     if ctx.needs_input_grad[0]:
         dx = torch.ops.robust.conv2d_frozen_grad(g, mask, packed_grad, ctx.channels, ctx.size, *ctx.others)
@@ -237,6 +237,45 @@ def _frozen_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 
 
 _frozen.register_autograd(_frozen_backward, setup_context=_keep_frozen)
+
+
+def _frozen_forward(
+    x: Tensor, packed: list[Tensor], shift: Tensor | None, residual: Tensor | None, relu: bool,
+    channels: Sequence[int], geometry: Geometry, algorithm: str,
+) -> Tensor:  # fmt: skip
+    _check_frozen(x, packed[0], residual, channels, geometry)
+    return _own(_algorithm(algorithm).forward(x, packed, geometry, Epilogue(shift, residual, relu)))
+
+
+class _FrozenConv2d(torch.autograd.Function):
+    """The operator without the dispatcher, which costs more than a small convolution, both ways."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, packed: list[Tensor], packed_grad: list[Tensor],
+        shift: Tensor | None, relu: bool, channels: Pair, geometry: Geometry, algorithm: str,
+    ) -> Tensor:  # fmt: skip
+        y = _frozen_forward(x, packed, shift, residual, relu, channels, geometry, algorithm)
+        ctx.save_for_backward(*([y] if relu else []))
+        ctx.with_residual, ctx.packed_grad = residual is not None, packed_grad
+        ctx.size, ctx.geometry, ctx.algorithm = (x.shape[2], x.shape[3]), geometry, algorithm
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        g, mask = _through_relu(g, *ctx.saved_tensors, ahead=ctx.with_residual)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = _own(_algorithm(ctx.algorithm).input_grad(g, ctx.packed_grad, ctx.geometry, ctx.size, mask=mask))
+        return dx, g if ctx.with_residual else None, *[None] * 7
+
+
+def _through_relu(g: Tensor, y: Tensor | None = None, *, ahead: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradient g before a ReLU of output y, if there was one: masked `ahead`, or else with the mask to apply."""
+    if y is None or not ahead:
+        return g, y
+    return torch.ops.aten.threshold_backward(g, y, 0), None
 
 
 def _chosen(name: str, geometry: Geometry, channels: Pair, x: Tensor) -> Algorithm:
@@ -300,7 +339,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -
             raise ValueError(f"{name} is {other.dtype} on {other.device}, and x is {x.dtype} on {x.device}")
 
 
-def _check_frozen(x: Tensor, weight: Tensor, residual: Tensor | None, channels: list[int], geometry: Geometry) -> None:
+def _check_frozen(x: Tensor, weight: Tensor, residual: Tensor | None, channels: Sequence[int], geometry: Geometry) -> None:
     _check_window(x, geometry)
     for name, other in (("the weight", weight), ("residual", residual)):
         if other is not None and (other.dtype, other.device) != (x.dtype, x.device):
