@@ -375,7 +375,7 @@ def csv(table: pd.DataFrame) -> bytes:
         (lambda t: csv(t.assign(eps="nan")), "has 'nan' for eps in row 2"),
         (lambda t: csv(t.assign(eps="0,1")), "has '0,1' for eps in row 2"),
         (lambda t: csv(t.assign(label="1.5")), "has '1.5' for label"),
-        (lambda t: csv(t.assign(norm=["linf\x1b[31m\0", *t.norm[1:]])), "has 'linf␛[31m␀' for norm in row 2"),
+        (lambda t: csv(t.assign(norm=["linf\x1b[31m", *t.norm[1:]])), "has 'linf␛[31m' for norm in row 2"),
         (lambda t: csv(t.assign(clean_pred="")), "has '' for clean_pred"),
         (lambda t: csv(pd.concat([t, t.iloc[:1]])), "has 2 lines for sample =1+1.png, pgd at linf 1/255"),
         (lambda t: csv(t.drop(index=5)), "has no line for sample +x.png, pgd at linf 8/255"),

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from robust.conv import layers
+from robust.conv.algorithm import algorithm
+from robust.conv.geometry import Geometry
 from robust.conv.pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 
 Function = Callable[[Tensor], Tensor]
@@ -138,8 +140,11 @@ def test_max_pooling(size, kernel, stride, padding, dilation, ceil, seed):
 def test_max_pooling_by_the_kernel(ceil, monkeypatch):
     """On a GPU, or in Triton's interpreter."""
     pytest.importorskip("triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if reason := algorithm("triton").misfit(Geometry((1, 1)), torch.float32, device):
+        pytest.skip(f"triton {reason}")
     monkeypatch.setattr("robust.conv.pooling._suits_gpu", lambda x, geometry: True)
-    x = tied(2, 3, 7, 8).to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+    x = tied(2, 3, 7, 8).to(device, torch.float32)
     pool(max_pool2d, F.max_pool2d, x, (3, 2), 2, 1, 1, ceil)
 
 
@@ -453,6 +458,7 @@ def network() -> nn.Module:
         ).double()  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch 2.11's own compiler
 def test_a_network_of_them_compiles_into_one_graph() -> None:
     net = network()
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")

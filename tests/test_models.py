@@ -121,8 +121,8 @@ def test_list_models_names_what_can_be_loaded() -> None:
         ("vgg16@IMAGENET1K_FEATURES", "unknown weights"),  # has no classifier
         ("timm:convnext_tinyy", "did you mean convnext_tiny"),
         ("timm:test_vit.nonsense", "did you mean test_vit.r160_in1k"),
-        ("timm:test_coatnet.nonsense", "unknown weights of timm test_coatnet"),
-        ("timm:test_coatnet", "timm has no pretrained weights for test_coatnet"),
+        ("timm:efficientnet_b6.nonsense", "unknown weights of timm efficientnet_b6"),
+        ("timm:efficientnet_b6", "timm has no pretrained weights for efficientnet_b6"),
         ("bundled:resnet50", "known: efficientnet_lite0"),
         ("torchvison:resnet50", "torchvision:NAME"),
     ],

@@ -29,7 +29,9 @@ def max_pool2d(
     """
     geometry = _geometry(kernel_size, stride, padding, dilation)
     output = _output_size(x, geometry, ceil_mode)
-    return (_MaxPoolOnGpu if _suits_gpu(x, geometry) else _MaxPool).apply(x, geometry, output)
+    if _suits_gpu(x, geometry):
+        return _MaxPoolOnGpu.apply(x, geometry, output)
+    return _MaxPool.apply(x, geometry, output)
 
 
 def avg_pool2d(
@@ -83,7 +85,7 @@ class _MaxPool(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, geometry: Geometry, output: Pair) -> Tensor:
         ctx.save_for_backward(x)
         ctx.geometry, ctx.output = geometry, output
-        return _largest(x, geometry, output)
+        return _largest(x, geometry, output).detach()  # see _AvgPool
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -150,7 +152,8 @@ class _AvgPool(torch.autograd.Function):
         y = _filled_like(x, output, 0, wide(x))  # (N, C, P, Q)
         for windows, pixels in _taps(geometry, _size(x), output):
             y[..., *windows] += x[..., *pixels]
-        return y.div_(divisor).to(x.dtype)
+        # A result that was written in place has no gradient in networks that torch 2.11 compiles, unless detached.
+        return y.div_(divisor).to(x.dtype).detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -25,13 +25,13 @@ def matrix(weight: Tensor, geometry: Geometry, size: Pair) -> Tensor:
     """
     outputs, pixels, weights = entries(weight.shape, geometry, size, weight.device)
     (height, width), (rows, columns) = size, geometry.output_size(size)
-    return torch.sparse_coo_tensor(
-        torch.stack((outputs, pixels)),
-        weight.flatten()[weights],
-        (weight.shape[0] * rows * columns, weight.shape[1] * geometry.groups * height * width),
-        is_coalesced=True,  # in order of outputs, and each one's of pixels, as they were made
-        check_invariants=False,
-    )
+    with torch.sparse.check_sparse_tensor_invariants(False):  # torch 2.11 warns of the argument of that name
+        return torch.sparse_coo_tensor(
+            torch.stack((outputs, pixels)),
+            weight.flatten()[weights],
+            (weight.shape[0] * rows * columns, weight.shape[1] * geometry.groups * height * width),
+            is_coalesced=True,  # in order of outputs, and each one's of pixels, as they were made
+        )
 
 
 def entries(
