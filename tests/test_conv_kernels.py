@@ -216,7 +216,7 @@ def bytes_of(how: tiles.Precision, tile: tiles.Tile) -> int:
     return (tile.m + tile.n) * tile.k * tile.stages * (2 if how == "half" else 4)
 
 
-NAMES = ("pointwise", "masked", "thin", "roomy")
+NAMES = ("pointwise", "thin", "roomy")
 FLAGS = [dict(zip(NAMES, bits, strict=True)) for bits in itertools.product((False, True), repeat=len(NAMES))]
 
 

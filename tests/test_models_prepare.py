@@ -13,7 +13,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from robust.models.frozen_linear import FrozenLinear
-from robust.models.prepare import fast_twin, frozen
+from robust.models.prepare import _suits_channels_last, fast_twin, frozen
 from robust.models.thin_conv import ThinConv2d
 from toys import conv_net
 
@@ -157,6 +157,21 @@ def test_batch_norms_are_folded_where_that_changes_nothing(make: Callable[[], nn
     assert not any(parameter.requires_grad for parameter in twin.parameters())
     for ours, theirs in zip(logits_and_gradient(twin, x), logits_and_gradient(module, x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("make", "on_cpu", "on_gpu"),
+    [
+        (lambda: nn.Conv2d(3, 8, 3), True, True),
+        (lambda: nn.Conv2d(1, 8, 3), True, True),  # one channel in one group
+        (lambda: nn.Conv2d(8, 8, 3, groups=4), True, True),
+        (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3, groups=8)), True, False),
+        (lambda: nn.Linear(3, 8), False, False),
+    ],
+)
+def test_which_networks_go_to_channels_last(make: Callable[[], nn.Module], on_cpu: bool, on_gpu: bool) -> None:
+    found = [_suits_channels_last(make(), torch.device(device)) for device in ("cpu", "cuda")]
+    assert found == [on_cpu, on_gpu]
 
 
 def test_the_model_is_left_exactly_as_it_was() -> None:

@@ -44,6 +44,11 @@ def stored(result: Tensor, like: Tensor) -> Tensor:
     return empty(result.shape, like).copy_(result)
 
 
+def masked(g: Tensor, mask: Tensor | None) -> Tensor:
+    """g where mask > 0, else 0: what ReLU passes back, in one pass."""
+    return g if mask is None else torch.ops.aten.threshold_backward(g, mask, 0)
+
+
 class Algorithm(Protocol):
     """One way to compute a convolution; a module or an object.
 
@@ -69,7 +74,7 @@ class Algorithm(Protocol):
     ) -> Tensor:
         """The gradient (N, C, *size) at the input, from that at the output, which counts where `mask` > 0.
 
-        The mask is a ReLU's output: its gradient then needs no pass over memory of its own.
+        The mask is a ReLU's output: its gradient then needs no pass over memory of its own, where that pays.
         """
 
     def weight_grad(self, x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust.conv.algorithm import ALGORITHMS, Algorithm, Epilogue, empty
+from robust.conv.algorithm import ALGORITHMS, Algorithm, Epilogue, empty, masked
 from robust.conv.algorithm import algorithm as _algorithm
 from robust.conv.geometry import Geometry, Pair
 
@@ -275,7 +275,7 @@ def _through_relu(g: Tensor, y: Tensor | None = None, *, ahead: bool) -> tuple[T
     """The gradient g before a ReLU of output y, if there was one: masked `ahead`, or else with the mask to apply."""
     if y is None or not ahead:
         return g, y
-    return torch.ops.aten.threshold_backward(g, y, 0), None
+    return masked(g, y), None
 
 
 def _chosen(name: str, geometry: Geometry, channels: Pair, x: Tensor) -> Algorithm:
@@ -339,7 +339,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -
             raise ValueError(f"{name} is {other.dtype} on {other.device}, and x is {x.dtype} on {x.device}")
 
 
-def _check_frozen(x: Tensor, weight: Tensor, residual: Tensor | None, channels: Sequence[int], geometry: Geometry) -> None:
+def _check_frozen(
+    x: Tensor, weight: Tensor, residual: Tensor | None, channels: Sequence[int], geometry: Geometry
+) -> None:
     _check_window(x, geometry)
     for name, other in (("the weight", weight), ("residual", residual)):
         if other is not None and (other.dtype, other.device) != (x.dtype, x.device):

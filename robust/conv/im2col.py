@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from robust.conv.algorithm import BARE, Epilogue
+from robust.conv.algorithm import BARE, Epilogue, masked
 from robust.conv.geometry import Axes, Geometry, Pair
 from robust.conv.product import pieces, product
 
@@ -84,11 +84,6 @@ def weight_grad(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
 def pixels_first(x: Tensor) -> Tensor:
     """(N, H, W, C), contiguous, from (N, C, H, W)."""
     return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-
-
-def masked(g: Tensor, mask: Tensor | None) -> Tensor:
-    """g where mask > 0, else 0: what ReLU passes back, in one pass."""
-    return g if mask is None else torch.ops.aten.threshold_backward(g, mask, 0)
 
 
 def _packed(weight: Tensor, groups: int) -> Tensor:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from robust.conv.algorithm import BARE, Epilogue
+from robust.conv.algorithm import BARE, Epilogue, masked
 from robust.conv.geometry import Geometry, Pair
-from robust.conv.im2col import masked, pixels_first
+from robust.conv.im2col import pixels_first
 from robust.conv.product import pieces, product
 
 TILE_VALUES = 2**21  # transformed at once

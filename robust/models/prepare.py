@@ -82,10 +82,21 @@ def _folded_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
             elif name and FrozenLinear.suits(part):
                 twin.set_submodule(name, FrozenLinear(part))
                 done.append("linear layers by oneDNN")
-    if any(isinstance(part, nn.Conv2d | ThinConv2d) for part in twin.modules()):
+    if _suits_channels_last(twin, x.device):
         twin = twin.to(memory_format=torch.channels_last)
         done.append("channels_last")
     return twin, ", ".join(dict.fromkeys(done)) or description
+
+
+def _suits_channels_last(module: nn.Module, device: torch.device) -> bool:
+    """Whether there are convolutions, and, on a GPU, no depthwise ones.
+
+    Those torch computes itself in its default format, and leaves to cuDNN in channels_last, which is slow at them in
+    float32 (pytorch#15513).
+    """
+    convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d | ThinConv2d)]
+    depthwise = any(conv.groups == conv.in_channels > 1 for conv in convolutions if isinstance(conv, nn.Conv2d))
+    return bool(convolutions) and not (device.type == "cuda" and depthwise)
 
 
 def difference(twin: nn.Module, module: nn.Module, x: Tensor) -> str | None:

@@ -1,12 +1,14 @@
 """The functions of an Algorithm: memory layouts, packed weights, the phases of the input gradient."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from robust.conv.algorithm import Epilogue, empty
+from robust.conv.algorithm import Epilogue, empty, masked
 from robust.conv.geometry import Geometry, Pair
 from robust.conv.kernels.launch import INTERPRETED, convolve, weight_gradient
 
@@ -61,7 +63,13 @@ def pack_input_grad(weight: Tensor, geometry: Geometry) -> list[Tensor]:
 def input_grad(
     g: Tensor, packed: list[Tensor], geometry: Geometry, size: Pair, *, mask: Tensor | None = None
 ) -> Tensor:
-    """With `mask`, of g's shape, g counts only where that is positive: given a ReLU's output, through that ReLU."""
+    """With `mask`, of g's shape, g counts only where that is positive: given a ReLU's output, through that ReLU.
+
+    Within the kernel where it is read once. Each tap of a window would read it again: for the stem of ResNet-50 an H100
+    took 5.8 ms, and 3.3 without a mask, which a pass of its own puts on in 0.4.
+    """
+    if replace(geometry, groups=1) != Geometry((1, 1)) or packed[0].dim() == 4:
+        g, mask = masked(g, mask), None
     dx = empty((len(g), _channels(packed[0]), *size), g)
     phases = list(geometry.phases(size))
     if not all(row.taps and column.taps for row, column in phases):

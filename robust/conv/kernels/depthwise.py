@@ -20,7 +20,6 @@ def convolve(
     x_ptr,  # (N, H, W, K // OUT · J)
     w_ptr,  # (J, R, S, K)
     y_ptr,  # (N, P, Q, K), y_n, y_p, y_q elements apart
-    mask_ptr,  # None, or x's shape: x counts only where this is positive
     shift_ptr,  # None, or (K,)
     residual_ptr,  # None, or y's shape and strides
     M,  # N·P·Q
@@ -67,8 +66,6 @@ def convolve(
         for j in range(J):
             x_offsets = x_pixel[:, None] + ((r * dilation_h * W + s * dilation_w) * x_w + channel + j)[None, :]
             x = tl.load(x_ptr + x_offsets, mask=inside, other=0.0)
-            if mask_ptr is not None:
-                x = tl.where(tl.load(mask_ptr + x_offsets, mask=inside, other=0.0) > 0, x, 0.0)
             weight = tl.load(w_ptr + (j * R * S + tap) * K + k, mask=columns, other=0.0)
             acc += x.to(tl.float32) * weight.to(tl.float32)[None, :]
 

@@ -44,7 +44,7 @@ def convolve(
     """y = relu(Σ x · weight + shift + residual), where the window of output p begins at input p·stride + start.
 
     x and mask (N, C, H, W) and residual (N, K, P, Q) are channels_last in memory; of y the channels are adjacent.
-    weight is (groups, K / groups, R, S, C / groups), or (J, R, S, K) for the depthwise kernel.
+    weight is (groups, K / groups, R, S, C / groups), or (J, R, S, K) for the depthwise kernel, which takes no mask.
     """
     if not y.numel():
         return
@@ -61,14 +61,14 @@ def convolve(
         groups, k, _, _, c = weight.shape
         kernel, how, sizes = gemm.convolve, precision(x.dtype), _product(window, y, *weight.shape)
         tile = convolution_tile(
-            how, m, k, sizes["C"], groups=groups, pointwise=sizes["POINTWISE"], masked=mask is not None,
-            thin=_is_thin(x, c, k), roomy=_is_roomy(x.device),
+            how, m, k, sizes["C"], groups=groups, pointwise=sizes["POINTWISE"], thin=_is_thin(x, c, k),
+            roomy=_is_roomy(x.device),
         )  # fmt: skip
-        sizes |= {"BLOCK_K": tile.k, "PRECISION": "tf32" if how == "tf32" else "ieee"}
+        sizes |= {"BLOCK_K": tile.k, "PRECISION": "tf32" if how == "tf32" else "ieee", "mask_ptr": mask}
         grid = (ceil_div(m, tile.m) * ceil_div(k, tile.n), groups)
     launch(
-        kernel, grid, tile, x_ptr=x, w_ptr=weight, y_ptr=y, mask_ptr=mask, shift_ptr=shift,
-        residual_ptr=residual, RELU=relu, y_n=y.stride(0), y_p=y.stride(2), y_q=y.stride(3), **sizes, **window,
+        kernel, grid, tile, x_ptr=x, w_ptr=weight, y_ptr=y, shift_ptr=shift, residual_ptr=residual,
+        RELU=relu, y_n=y.stride(0), y_p=y.stride(2), y_q=y.stride(3), **sizes, **window,
     )  # fmt: skip
 
 

@@ -34,19 +34,16 @@ TILES: dict[tuple[Precision, str], Tile] = {
     ("half", "wide"): Tile(128, 128, 64),
     ("half", "point"): Tile(128, 128, 64, warps=8),
     ("half", "deep"): Tile(128, 256, 64, warps=8),
-    ("half", "masked"): Tile(64, 128, 64),
     ("half", "few"): Tile(64, 64, 64),
     ("half", "thin"): Tile(64, 64, 32),
     ("tf32", "wide"): Tile(128, 128, 32),
     ("tf32", "point"): Tile(128, 128, 32, warps=8),
     ("tf32", "deep"): Tile(128, 256, 32, warps=8),
-    ("tf32", "masked"): Tile(64, 128, 32),
     ("tf32", "few"): Tile(64, 64, 32),
     ("tf32", "thin"): Tile(64, 64, 16),
     ("ieee", "wide"): Tile(64, 64, 16),
     ("ieee", "point"): Tile(64, 64, 16),
     ("ieee", "deep"): Tile(64, 64, 16),
-    ("ieee", "masked"): Tile(32, 64, 16),
     ("ieee", "few"): Tile(64, 32, 16),
     ("ieee", "thin"): Tile(32, 64, 16),
 }
@@ -62,7 +59,7 @@ def precision(dtype: torch.dtype) -> Precision:
 
 @cache
 def convolution_tile(
-    how: Precision, m: int, n: int, k: int, *, groups: int, pointwise: bool, masked: bool, thin: bool, roomy: bool
+    how: Precision, m: int, n: int, k: int, *, groups: int, pointwise: bool, thin: bool, roomy: bool
 ) -> Tile:
     """For `groups` products of (m, taps·k) with (taps·k, n), k channels of a tap at a time.
 
@@ -78,7 +75,7 @@ def convolution_tile(
         # Smaller tiles than the deep ones want more bytes from the cache than it gives while they are computed.
         shape = "deep" if n >= 256 and k >= 512 else "point"
     else:
-        shape = "masked" if masked else "wide"
+        shape = "wide"
     return clipped(TILES[how, shape], n, k)
 
 
