@@ -1,10 +1,11 @@
 """What the command lines of the project share: how a model is named, how a run is repeated, how they end.
 
 0 done; 1 a gate or an attack failed; 2 the input or the options are wrong, said in one line on stderr; 3 a fault of
-this project, with its traceback; 130 interrupted.
+this project, with its traceback; 130 interrupted; 141 its output went unread and it stopped, as others do by SIGPIPE.
 """
 
 import io
+import os
 import re
 import sqlite3
 import sys
@@ -17,6 +18,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from robust.errors import InputError
+
+UNREAD = 141
 
 MODEL = "Model"  # the panels of --help that these are in
 ModelSpec = Annotated[
@@ -62,7 +65,7 @@ def main(command: Callable[..., Any]) -> NoReturn:
         _fail(f"{empty} is empty: give it a value, or leave it out")  # a path would be the folder that one is in
     try:
         # Typer prints usage errors in a box of many lines; ours are one line, as all others.
-        sys.exit(app(standalone_mode=False) or 0)
+        sys.exit(_run(app))
     except InputError as error:
         _fail(str(error))
     except (sqlite3.OperationalError, OSError) as error:
@@ -80,6 +83,23 @@ def main(command: Callable[..., Any]) -> NoReturn:
         if usage is None:
             _fault()
         _fail(f"{usage()} (see --help)")
+
+
+def _run(app: typer.Typer) -> int:
+    """The command's exit code, whether or not somebody reads its output to the end."""
+    try:
+        code = app(standalone_mode=False) or 0
+    except SystemExit as left:
+        if isinstance(left.__context__, BrokenPipeError):  # of click or rich, which write nothing more
+            return UNREAD
+        raise InputError(
+            f"code of the model or the data ended the program (sys.exit({left.code!r})); mend it"
+        ) from None
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+    return code
 
 
 def without_output(arguments: Sequence[str]) -> Iterator[str]:

@@ -92,9 +92,14 @@ class Options:
         rand = "autoattack-rand" in self.attacks
         if rand and self.eot not in (None, RAND_DRAWS):
             raise InputError(f"autoattack-rand is the vote of {RAND_DRAWS} draws, by its standard; leave eot out")
+        of = "autoattack-rand" if rand else "--eot"
         if self.draws > 1 and (foreign := [name for name in self.attacks if name.startswith("foolbox:")]):
-            of = "autoattack-rand" if rand else "--eot"
             raise InputError(f"{foreign[0]} knows no votes over several draws; leave it out of a run with {of}")
+        if self.draws > 1 and "autoattack" in self.attacks:
+            raise InputError(
+                f"autoattack is a standard, which takes one draw of each point; in a run with {of} name its parts, "
+                "apgd-ce,apgd-t,fab-t,square"
+            )
         if self.surrogate is None and "transfer" in self.attacks:
             raise InputError("attack transfer crafts on another network; name it with --surrogate")
         if self.surrogate is not None and "transfer" not in self.attacks:

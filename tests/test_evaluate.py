@@ -150,6 +150,23 @@ def test_help_needs_neither_torch_nor_pandas():
         assert option in done.stdout
 
 
+@pytest.mark.parametrize("option", ["--list-attacks", "--help"])
+def test_nobody_reads_on(option):
+    """As a program ends that SIGPIPE kills: no traceback, and no code that is a verdict."""
+    command = [sys.executable, "-m", "robust.evaluate", option]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 141)
+
+
+def test_a_network_that_ends_the_program_is_named(project, capsys):
+    (project / "quits.py").write_text(
+        "import sys\nfrom torch import nn\n\nclass Quits(nn.Module):\n    def forward(self, x):\n        sys.exit(0)\n"
+    )
+    code, out, err = run("--model quits.py:Quits --data data.npz --output out", capsys)
+    assert (code, out) == (2, "") and "ended the program by sys.exit(0)" in err and err.count("\n") == 1
+
+
 def test_lists(project, capsys):
     _, models, _ = run("--list-models", capsys)
     assert {"efficientnet_lite0", "resnet50"} <= {line.strip() for line in models.splitlines()}

@@ -48,6 +48,8 @@ def test_eps_that_is_no_number_is_refused(text):
         ({"attacks": ("foolbox:PGD",), "eot": 5}, "foolbox:PGD knows no votes .* with --eot"),
         ({"attacks": ("autoattack-rand", "foolbox:PGD")}, "foolbox:PGD knows no votes .* with autoattack-rand"),
         ({"attacks": ("autoattack-rand",), "eot": 5}, "autoattack-rand is the vote of 20 draws"),
+        ({"attacks": ("autoattack",), "eot": 5}, "one draw of each point; in a run with --eot name its parts"),
+        ({"attacks": ("autoattack", "autoattack-rand")}, "in a run with autoattack-rand name its parts"),
     ],
 )
 def test_wrong_options_are_refused_in_one_line(changes, message):
