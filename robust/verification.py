@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from robust.conv.gates import Gate
 from robust.conv.ladder import Measurement
 from robust.conv.shapes import Shape, miniatures, shapes
 from robust.data.sample import Dataset, Sample
+from robust.diagnostics import has_input_gradient, keeps_input
 from robust.environment import environment, now
 from robust.errors import InputError, unknown
 from robust.harness import pick_device
@@ -111,8 +112,7 @@ def verify(
             f"{model.name} is on the project's own layers as it is, so that there is no torch to hold it against; name "
             "another --model"
         )
-    original = copy.deepcopy(model.module).to(where).eval().requires_grad_(False)
-    _check_network(original, x[:1])
+    original = _checked_network(model, x[:1])
 
     found = shapes(original, x[:1])
     if not found:
@@ -195,16 +195,25 @@ def _checked(device: str, precision: str, algorithm: str, batch_size: int | None
     return where
 
 
-def _check_network(network: nn.Module, x: Tensor) -> None:
-    """InputError where it is no classifier of such images, or gives no gradient."""
+def _checked_network(model: Model, x: Tensor) -> nn.Module:
+    """A frozen copy on x's device; InputError where it is no classifier of such images, or gives no gradient."""
+    try:
+        network = copy.deepcopy(model.module).to(x.device).eval().requires_grad_(False)
+    except Exception as error:  # of somebody else's code, and of scripted modules
+        raise InputError(f"{model.name} cannot be copied and frozen: {describe(error)}; name a plain module") from error
     channels, height, width = x.shape[1:]
     count_classes(network, (channels, height, width))
-    query = x.detach().requires_grad_()
-    with torch.enable_grad():
-        if not network(query).requires_grad:
-            raise InputError(
-                "the model passes no gradient back to its input: take no_grad and detach out of its forward"
-            )
+    given = replace(model, module=network)
+    try:
+        kept = keeps_input(given, x)
+        has_gradient = kept and has_input_gradient(given, x)
+    except Exception as error:
+        raise InputError(f"{model.name} fails where its images want gradients: {describe(error)}") from error
+    if not kept:
+        raise InputError("the model changes the images it is given; let its forward begin with x = x.clone()")
+    if not has_gradient:
+        raise InputError("the model passes no gradient back to its input: take no_grad and detach out of its forward")
+    return network
 
 
 def _climb(

@@ -85,6 +85,8 @@ def verify(
     """
     radius = None if eps is None else parse_number(eps, "eps")
     output = output or Path("runs") / f"verify-{cli.slug(model)}-{datetime.now():%Y%m%d-%H%M%S}"
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file; name a folder with --output")
     if (output / "verify.json").exists():
         raise InputError(f"{output} holds a verification already; name another --output")
 

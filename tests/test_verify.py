@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -441,6 +442,38 @@ def test_a_network_that_convert_chokes_on_is_wrong_input(
     monkeypatch.setattr(convert, "_trace", chokes)
     code, _, err = run("--output out", capsys)
     assert (code, err) == (2, "error: net cannot be converted: TypeError: no luck\n")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning", "ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def net():\n    return torch.jit.script(Net())\n", "cannot be copied and frozen: .*; name a plain module"),
+        (
+            "class net(Net):\n    def forward(self, x):\n        return super().forward(x.clamp_(0.2, 0.8))\n",
+            "x.clone()",
+        ),
+        ("class net(Net):\n    def forward(self, x):\n        return super().forward(x.detach())\n", "no gradient"),
+        (
+            "class net(Net):\n    def forward(self, x):\n        assert not x.requires_grad, 'no'\n"
+            "        return super().forward(x)\n",
+            "fails where its images want gradients: .*no",
+        ),
+    ],
+    ids=["scripted", "in place", "detached", "gradients refused"],
+)
+def test_networks_that_cannot_be_verified_are_wrong_input(
+    source: str, message: str, project: Path, capsys: Any
+) -> None:
+    (project / "other.py").write_text(FACTORIES + source)
+    code, _, err = run("--output out --model other.py:net", capsys)
+    assert code == 2 and err.count("\n") == 1 and re.search(message, err), err
+
+
+def test_an_output_that_is_a_file_is_found_before_anything_is_loaded(project: Path, capsys: Any) -> None:
+    (project / "file").touch()
+    code, _, err = run("--output file --model nonsense", capsys)
+    assert (code, err) == (2, "error: file is a file; name a folder with --output\n")
 
 
 def test_help_needs_no_torch() -> None:
