@@ -61,7 +61,7 @@ def run(
         state.asked += 1
         last = attack.last(state)
         wants_grad = attack.needs_grad and bool((attack.wants_grad(state) & ~last).any())
-        logits, grad, state.fooled, doubt = _evaluate(model, attack, state, ~last if wants_grad else None, room, draws)
+        logits, grad, state.fooled, doubt = _evaluate(model, attack, state, wants_grad, room, draws)
         if isinstance(state, MinimalState):
             _keep_nearest(attack, state)
             done = state.best_distance <= enough
@@ -289,14 +289,12 @@ def vote(draws: Sequence[Tensor]) -> Tensor:
 
 
 def _evaluate(
-    model: Callable[[Tensor], Tensor], attack: Attack, state: State, going: Tensor | None, slots: int, draws: int
+    model: Callable[[Tensor], Tensor], attack: Attack, state: State, wants_grad: bool, slots: int, draws: int
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """At the queries: logits (B, K), the gradient of the attack's loss (B, C, H, W), who is fooled (B,), and the share
-    of draws that are not (B,), for attacks within a fixed eps.
-
-    going: (B,) whose runs go on unless the query ends them, and want the gradient; None where nobody wants it.
+    """At the queries: logits (B, K), the gradient of the attack's loss (B, C, H, W) if wanted, who is fooled (B,), and
+    the share of draws that are not (B,), for attacks within a fixed eps.
     """
-    parts = [_ask(model, attack, state, going, slots, few=draws == 1) for _ in range(draws)]
+    parts = [_ask(model, attack, state, wants_grad, slots) for _ in range(draws)]
     logits, grad = parts[0]
     fooled = attack.fools(vote([drawn for drawn, _ in parts]), state)
     doubt = ~fooled
@@ -304,30 +302,20 @@ def _evaluate(
         if attack.budget == "fixed":
             doubt = torch.stack([~attack.fools(drawn.argmax(1), state) for drawn, _ in parts]).float().mean(0)
         logits = torch.stack([drawn for drawn, _ in parts]).mean(0)
-        grad = None if going is None else torch.stack([drawn for _, drawn in parts if drawn is not None]).mean(0)
+        grad = torch.stack([drawn for _, drawn in parts if drawn is not None]).mean(0) if wants_grad else None
     return logits, grad, fooled, doubt
 
 
 def _ask(
-    model: Callable[[Tensor], Tensor], attack: Attack, state: State, going: Tensor | None, slots: int, few: bool
+    model: Callable[[Tensor], Tensor], attack: Attack, state: State, wants_grad: bool, slots: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits and gradient; with `few`, the gradient is 0 in rows that do not want it once the logits are known.
-
-    Where these are more than half, the others are evaluated anew: the way back through all would cost more.
-    """
     n, query = len(state.query), padded(state.query.detach(), slots)
-    if going is None:
+    if not wants_grad:
         with torch.no_grad():
             return model(query)[:n], None
     query.requires_grad_()
     with torch.enable_grad():
         logits = model(query)[:n]
-        if few and attack.budget == "fixed" and not attack.strays:
-            rows = (going & ~attack.fools(logits.detach().argmax(1), state)).nonzero().squeeze(1)
-            if 2 * len(rows) < n:
-                _, left = _ask(model, attack, state[rows], going[rows], slots, few=False) if len(rows) else (None, None)
-                grad = torch.zeros_like(state.query)
-                return logits.detach(), grad if left is None else grad.index_copy_(0, rows, left)
         (grad,) = torch.autograd.grad(attack.loss(logits, state).sum(), query)
     grad = grad[:n]
     if not bool(grad.sum().isfinite()):

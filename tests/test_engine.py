@@ -11,21 +11,14 @@ from toys import Linear, conv_net, images, tasks
 
 
 class Recorder(nn.Module):
-    """A model that remembers how many rows it saw in each call, those of the call before apart, and how many gradients
-    it passed back.
-    """
+    """A model that remembers how many rows it saw in each call and how many gradients it passed back."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.calls, self.gradients, self.repeated = model, [], 0, 0
-        self.before: set[bytes] = set()  # the rows of the last call
+        self.model, self.calls, self.gradients = model, [], 0
 
     def forward(self, x: Tensor) -> Tensor:
-        seen, self.before = self.before, {row.detach().numpy().tobytes() for row in x}
-        if x.requires_grad and self.before < seen:
-            self.repeated += len(x)
-        else:
-            self.calls.append(len(x))
+        self.calls.append(len(x))
         if x.requires_grad:
             x.register_hook(self._count)
         return self.model(x)
@@ -76,8 +69,6 @@ def test_counts_are_those_the_model_saw():
     model, x = Recorder(conv_net()), images(50)
     y = model.model(x).argmax(1)
     outcomes = run(model, attacks.make("pgd", "linf", steps=6, restarts=2), x, y, [0.004, 0.02, 0.1], slots=8)
-    # Of a batch that breaks for the most part, what stands is evaluated anew.
-    assert model.repeated > 0
     assert sum(sum(o.forwards) for o in outcomes) == sum(model.calls)
     # The backward pass is shared by the batch: it computes some gradients that nobody goes on from.
     used = sum(sum(o.gradients) for o in outcomes)
@@ -173,33 +164,6 @@ def test_batches_come_in_few_sizes_and_the_copies_in_them_count_for_nobody():
     assert counted < sum(model.calls) < 1.25 * counted
     (alone,) = run(linear, attack, x[:1], y[:1], [1.1 * farthest])
     assert alone.forwards == outcomes[0].forwards
-
-
-@pytest.mark.parametrize(("right", "gradients"), [(0, 0), (3, 3), (4, 8), (8, 8)])
-def test_what_has_just_broken_is_not_differentiated(right, gradients):
-    """Unless it is half of the batch or less: then the way back through all of it costs less than a second forward."""
-    x = images(8)
-    model = Recorder(nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 2)))
-    y = model.model(x).argmax(1)
-    y[right:] = 1 - y[right:]  # broken as it is
-    attack = attacks.make("pgd", "linf", steps=1, random_start=False)
-    outcomes = run(model, attack, x, y, [1e-6])
-    assert [o.rung for o in outcomes] == [None] * right + [0] * (8 - right)
-    assert model.gradients == gradients and model.repeated == (3 if right == 3 else 0)
-    assert [o.gradients for o in outcomes] == [(1,)] * right + [(0,)] * (8 - right)
-    alone = run(model.model, attack, x, y, [1e-6], slots=1)
-    for one, other in zip(outcomes, alone, strict=True):
-        assert torch.equal(one.x_adv, other.x_adv) and one.forwards == other.forwards
-
-
-def test_a_random_model_is_asked_once_for_each_draw():
-    """To average logits and gradients they must be of the same draws."""
-    x = images(8)
-    model = Recorder(nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 2)))
-    y = model.model(x).argmax(1)
-    y[1:] = 1 - y[1:]
-    list(engine.run(model, attacks.make("pgd", "linf", steps=1), tasks(x, y), [1e-6], slots=8, seed=0, draws=3))
-    assert model.calls[:3] == [8] * 3 and model.repeated == 0
 
 
 def test_no_tasks_no_outcomes():
