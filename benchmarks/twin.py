@@ -1,9 +1,10 @@
-"""What an evaluation of a network costs, with its gradient: the module as it is, and its fast twin by memory format.
+"""What an evaluation of a network costs, with its gradient: the module as it is, and its fast twin, by memory format.
 
     python benchmarks/twin.py
     python benchmarks/twin.py --model resnet50 --weights FILE --device cuda
 
-The first evaluation of a number of rows stands beside later ones, for a library may prepare kernels for each size.
+The first evaluation of a number of rows stands beside later ones, for a library may prepare kernels for each size. Of
+the twin in both formats, the one that an evaluation takes comes first.
 """
 
 import copy
@@ -49,21 +50,22 @@ def main(
     name = torch.cuda.get_device_name() if where.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{model}, forward and input gradient, {name}, torch {torch.__version__}; ms, the first time and later\n")
     sizes = [int(number) for number in rows.split(",")]
-    print(f"| | {' | '.join(f'{n} rows' for n in sizes)} |\n|{'---|' * (len(sizes) + 1)}", flush=True)
+    print(f"| rows | {' | '.join(map(str, sizes))} |\n|{'---|' * (len(sizes) + 1)}", flush=True)
     with arithmetic("float32"):
         x = torch.rand(max(sizes), *loaded.input_size, device=where)
         twin, description = fast_twin(module, x[:2])
+        last = "channels_last" in description
+        other = torch.contiguous_format if last else torch.channels_last
         sides = {
             "the module": module,
             f"its twin ({description})": twin,
-            "in torch's default format": copy.deepcopy(twin).to(memory_format=torch.contiguous_format),
-            "in channels_last": copy.deepcopy(twin).to(memory_format=torch.channels_last),
+            f"in {'the default format' if last else 'channels_last'}": copy.deepcopy(twin).to(memory_format=other),
         }
         for side, network in sides.items():
             cells = []
             for n in sizes:
                 first, *later = (1000 * seconds(network, x[:n]) for _ in range(1 + repeats))
-                cells.append(f"{first:.3g}, {statistics.median(later):.3g}")
+                cells.append(f"{first:.1f}, {statistics.median(later):.1f}")
             print(f"| {side} | {' | '.join(cells)} |", flush=True)
 
 

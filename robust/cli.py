@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -92,13 +92,8 @@ def _run(app: typer.Typer) -> int:
     except SystemExit as left:
         if isinstance(left.__context__, BrokenPipeError):  # of click or rich, which write nothing more
             return UNREAD
-        raise InputError(
-            f"code of the model or the data ended the program (sys.exit({left.code!r})); mend it"
-        ) from None
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        raise InputError(f"code of the model or the data called sys.exit({left.code!r}); mend it") from None
+    _write("", sys.stdout)
     return code
 
 
@@ -119,10 +114,18 @@ def slug(model: str) -> str:
 
 def _fault() -> NoReturn:
     """A code of its own, as 1 is a verdict."""
-    traceback.print_exc()
+    _write(traceback.format_exc(), sys.stderr)
     sys.exit(3)
 
 
 def _fail(message: str) -> NoReturn:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    _write("error: " + " ".join(message.split()) + "\n", sys.stderr)
     sys.exit(2)
+
+
+def _write(text: str, stream: TextIO) -> None:
+    """The text, and whatever the stream holds back; if nobody reads it, the exit code stays what it is."""
+    try:
+        print(text, end="", file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what Python flushes at its end

@@ -107,7 +107,8 @@ def compare(
     fell significantly (0.05, exact McNemar test, Holm-corrected over the rows):
     one that merely wobbles passes. Whatever the rules, a check of the model that
     got worse (its mode, its gradients ...) fails.
-    Exit codes: 0 pass, 1 regression, 2 the runs cannot be compared.
+    Exit codes: 0 pass, 1 regression, 2 the runs cannot be compared,
+    3 a fault of robust itself, 141 its output went unread.
     """
     if plan is not None:
         _print_plan(plan, significant)

@@ -122,7 +122,7 @@ def evaluate(
 
     Without options it evaluates the bundled network on the bundled images, offline, in a minute or two.
     Pixels are in \\[0, 1]; eps is in that unit. Exit codes: 0 done, 1 an attack failed, 2 wrong input, 3 a fault
-    of robust itself, 130 interrupted.
+    of robust itself, 130 interrupted, 141 its output went unread.
     """
     if list_models or list_attacks:
         _print_names(list_models)

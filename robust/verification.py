@@ -198,9 +198,10 @@ def _checked(device: str, precision: str, algorithm: str, batch_size: int | None
 def _checked_network(model: Model, x: Tensor) -> nn.Module:
     """A frozen copy on x's device; InputError where it is no classifier of such images, or gives no gradient."""
     try:
-        network = copy.deepcopy(model.module).to(x.device).eval().requires_grad_(False)
+        network = copy.deepcopy(model.module).eval().requires_grad_(False)
     except Exception as error:  # of somebody else's code, and of scripted modules
         raise InputError(f"{model.name} cannot be copied and frozen: {describe(error)}; name a plain module") from error
+    network = network.to(x.device)
     channels, height, width = x.shape[1:]
     count_classes(network, (channels, height, width))
     given = replace(model, module=network)

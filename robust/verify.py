@@ -81,7 +81,7 @@ def verify(
     float64; the whole network's logits and input gradient; FGSM and PGD on the
     original and on the network without torch's convolution.
     Exit codes: 0 all gates hold, 1 one does not, 2 wrong input, 3 a fault of
-    robust itself, 130 interrupted.
+    robust itself, 130 interrupted, 141 its output went unread.
     """
     radius = None if eps is None else parse_number(eps, "eps")
     output = output or Path("runs") / f"verify-{cli.slug(model)}-{datetime.now():%Y%m%d-%H%M%S}"

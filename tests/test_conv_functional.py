@@ -126,7 +126,7 @@ def test_only_the_gradients_asked_for_are_computed(monkeypatch: pytest.MonkeyPat
 # Frozen, with its epilogue
 
 
-class Seen(TorchDispatchMode):
+class OperatorNames(TorchDispatchMode):
     """Keeps the names of all operators that the dispatcher is asked for."""
 
     def __init__(self) -> None:
@@ -198,13 +198,21 @@ def test_frozen_without_the_dispatcher_is_the_operator() -> None:
     class Wrapped(Tensor):
         """A subclass, which only the dispatcher knows how to treat."""
 
-    with Seen() as seen:
+    with OperatorNames() as seen:
         as_operator = differentiated(ours, [part.as_subclass(Wrapped) for part in inputs], g)
     assert "robust::conv2d_frozen" in seen.names and "robust::conv2d_frozen_grad" in seen.names
-    with Seen() as seen:
+    with OperatorNames() as seen:
         differentiated(ours, inputs, g)
     assert seen.names and not any(name.startswith("robust") for name in seen.names)
     assert all(torch.equal(a, b) for a, b in zip(direct, as_operator, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore:.*torch.jit.trace:FutureWarning")
+def test_frozen_can_be_traced() -> None:
+    ours, _, (x, residual), _ = frozen("im2col", SMALL, EPILOGUES[-1])
+    traced = torch.jit.trace(ours, (x, residual))
+    assert "robust::conv2d_frozen" in str(traced.graph)
+    assert torch.equal(traced(2 * x, residual), ours(2 * x, residual))
 
 
 # As an operator

@@ -45,7 +45,7 @@ def stored(result: Tensor, like: Tensor) -> Tensor:
 
 
 def masked(g: Tensor, mask: Tensor | None) -> Tensor:
-    """g where mask > 0, else 0: what ReLU passes back, in one pass."""
+    """g, but 0 where mask <= 0: what ReLU passes back, in one pass. A NaN in the mask passes it, as in torch."""
     return g if mask is None else torch.ops.aten.threshold_backward(g, mask, 0)
 
 
@@ -72,7 +72,7 @@ class Algorithm(Protocol):
     def input_grad(
         self, g: Tensor, packed: list[Tensor], geometry: Geometry, size: Pair, mask: Tensor | None = None
     ) -> Tensor:
-        """The gradient (N, C, *size) at the input, from that at the output, which counts where `mask` > 0.
+        """The gradient (N, C, *size) at the input, from that at the output: `masked`, if there is a mask.
 
         The mask is a ReLU's output: its gradient then needs no pass over memory of its own, where that pays.
         """

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from robust.conv.algorithm import Epilogue, stored
+from robust.conv.algorithm import Epilogue, masked, stored
 from robust.conv.geometry import Geometry, Pair
 
 Maps = list[list[list[float]]]  # an image's channels, or an output's: [channel][row][column]
@@ -109,7 +109,7 @@ def forward(x: Tensor, packed: list[Tensor], geometry: Geometry, epilogue: Epilo
 
 def input_grad(g: Tensor, packed: list[Tensor], geometry: Geometry, size: Pair, mask: Tensor | None = None) -> Tensor:
     filters: Filters = packed[0].double().tolist()
-    g = g if mask is None else g.where(mask > 0, 0)
+    g = masked(g, mask)
     grads = [image_gradient(maps, filters, geometry, size) for maps in g.double().tolist()]
     return stored(_tensor(grads, (len(g), len(filters[0]) * geometry.groups, *size), g), g)
 

@@ -2,7 +2,8 @@
 
 Convolution is bilinear, so three operators are closed under differentiation: the convolution, its gradient at the
 input and its gradient at the weight are each other's derivatives. They are custom operators of torch: autograd of any
-order, torch.compile and torch.library.opcheck know them.
+order, torch.compile and torch.library.opcheck know them. The frozen one is an operator for those who trace it; eager
+code goes past torch's dispatcher.
 """
 
 from collections.abc import Sequence
@@ -54,7 +55,7 @@ def conv2d_frozen(
     `channels` are (C, K). `packed` and `packed_grad` are what the algorithm's `pack` and `pack_input_grad` made of the
     weight; shift is (K,), residual of the output's shape. ValueError where x or the residual does not fit.
     """
-    if type(x) is Tensor and not x.is_meta and not torch.compiler.is_compiling():
+    if type(x) is Tensor and not (x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing()):
         return _FrozenConv2d.apply(x, residual, packed, packed_grad, shift, relu, channels, geometry, algorithm)
     return torch.ops.robust.conv2d_frozen(
         x, packed, packed_grad, shift, residual, relu, list(channels), list(geometry.kernel),
@@ -248,7 +249,7 @@ def _frozen_forward(
 
 
 class _FrozenConv2d(torch.autograd.Function):
-    """The operator without the dispatcher, which costs more than a small convolution, both ways."""
+    """The same past torch's dispatcher, which takes longer, both ways, than a small convolution."""
 
     @staticmethod
     def forward(

@@ -8,7 +8,7 @@ the convolution, and one with its transpose hands the gradient at y back to x.
 import torch
 from torch import Tensor
 
-from robust.conv.algorithm import Epilogue, stored
+from robust.conv.algorithm import Epilogue, masked, stored
 from robust.conv.geometry import Geometry, Pair
 
 
@@ -77,7 +77,7 @@ def forward(x: Tensor, packed: list[Tensor], geometry: Geometry, epilogue: Epilo
 
 def input_grad(g: Tensor, packed: list[Tensor], geometry: Geometry, size: Pair, mask: Tensor | None = None) -> Tensor:
     (weight,) = packed
-    g = g if mask is None else g.where(mask > 0, 0)
+    g = masked(g, mask)
     x_grad = matrix(weight.double(), geometry, size).t() @ g.double().flatten(1).t()  # (C H W, N)
     return stored(x_grad.t().unflatten(1, (weight.shape[1] * geometry.groups, *size)), g)
 

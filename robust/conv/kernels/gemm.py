@@ -25,7 +25,7 @@ def convolve(
     x_ptr,  # (N, H, W, groups·C)
     w_ptr,  # (groups·K, R, S, C)
     y_ptr,  # (N, P, Q, groups·K), y_n, y_p, y_q elements apart
-    mask_ptr,  # None, or x's shape: x counts only where this is positive
+    mask_ptr,  # None, or x's shape: x counts for 0 where this is not above 0
     shift_ptr,  # None, or (groups·K,)
     residual_ptr,  # None, or y's shape and strides
     M,  # N·P·Q
@@ -95,7 +95,7 @@ def convolve(
                 inside &= ((w_in >= 0) & (w_in < W))[:, None]
         x = tl.load(x_ptr + x_offsets, mask=inside, other=0.0)
         if mask_ptr is not None:
-            x = tl.where(tl.load(mask_ptr + x_offsets, mask=inside, other=0.0) > 0, x, 0.0)
+            x = tl.where(tl.load(mask_ptr + x_offsets, mask=inside, other=0.0) <= 0, 0.0, x)
         w_offsets = (group * K + k)[None, :] * (R * S * C) + (tap * C + c)[:, None]
         weight = tl.load(w_ptr + w_offsets, mask=columns[None, :] & (c < C)[:, None], other=0.0)
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)

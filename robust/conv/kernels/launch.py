@@ -54,6 +54,7 @@ def convolve(
     grid: tuple[int, ...]
     if weight.dim() == 4:
         j, r, s, k = weight.shape
+        assert mask is None
         kernel, tile = depthwise.convolve, clipped(DEPTHWISE, k, 1)
         sizes = {"J": j, "K": k, "OUT": k * j // x.shape[1], "R": r, "S": s}
         grid = (ceil_div(m, tile.m), ceil_div(k, tile.n))
