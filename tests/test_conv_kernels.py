@@ -30,8 +30,6 @@ REASON = kernels.misfit(Geometry((1, 1)), torch.float32, DEVICE)
 if REASON and "numpy" in REASON:
     pytest.skip(f"triton {REASON}", allow_module_level=True)
 
-# Of Triton 3.6, which turns arrays into numbers.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 DTYPES = {
     "float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
 }  # fmt: skip
