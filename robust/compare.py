@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _RULES, _OUTPUT, _RUN = "Rules", "Output", "Baseline"
 _NEWEST_OF = Path("runs")  # where robust.evaluate puts its runs
+_OWN = ("run.sqlite", "samples.csv", "summary.csv", "report.json", "report.html")  # a run's files
 
 
 def compare(
@@ -121,6 +122,7 @@ def compare(
         max_drop, significant, min_robust_accuracy, min_clean_accuracy, strict, parse_eps(eps) if eps else ()
     )
     before, after = _named(runs or [])
+    _check_reports([path for path in (junit, markdown, json, html) if path is not None], (before, after))
     if update:
         return _update(before, after, rules, quiet)
     try:
@@ -148,6 +150,18 @@ def _named(runs: list[Path]) -> tuple[Path, Path]:
     if len(runs) < 2 and before.exists() and after.exists() and before.samefile(after):
         raise InputError(f"{after} would be compared with itself: name BASELINE and CURRENT")
     return before, after
+
+
+def _check_reports(reports: list[Path], runs: tuple[Path, Path]) -> None:
+    """InputError where a report would be written over what is compared, or over another one."""
+    own = {folder.resolve() / name for folder in runs if folder.is_dir() for name in _OWN}
+    taken = own | {run.resolve() for run in runs}
+    for path in reports:
+        if path.exists() and not path.is_file():  # a device, or a folder, which is refused where it is written
+            continue
+        if path.resolve() in taken:
+            raise InputError(f"{path} is compared, or is another report's file: name another one for this report")
+        taken.add(path.resolve())
 
 
 def _newest() -> Path:

@@ -247,6 +247,22 @@ def written(runs, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "before worse --json before/report.json",
+        "base.json worse --html base.json",
+        "before worse --json a --markdown ./a",
+    ],
+)
+def test_a_report_does_not_replace_what_is_compared_nor_another(here, capsys, line):
+    run("base.json before --update", capsys)
+    files = {path: path.read_bytes() for path in (here / "base.json", here / "before" / "report.json") if path.exists()}
+    code, out, err = run(line, capsys)
+    assert (code, out) == (2, "") and "name another one for this report" in err and err.count("\n") == 1
+    assert files and all(path.read_bytes() == content for path, content in files.items())
+
+
 def test_junit_has_a_case_for_every_rule_and_row(written, runs):
     comparison = compare(read(runs / "before"), read(runs / "worse"))
     (suite,) = ElementTree.parse(written / "junit").getroot()

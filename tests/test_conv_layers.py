@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from robust.conv import layers
 from robust.conv.algorithm import algorithm
+from robust.conv.frozen import FrozenConv2d
 from robust.conv.geometry import Geometry
 from robust.conv.pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 
@@ -456,6 +457,16 @@ def network() -> nn.Module:
             layers.Conv2dSame(8, 4, 2, 3), layers.AvgPool2d(2, 1, 1, count_include_pad=False),
             layers.AdaptiveAvgPool2d((2, 3)), nn.Flatten(), layers.Linear(24, 5),
         ).double()  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (4, 2), (5, 3), (3, 1)])
+def test_frozen_with_tensorflows_padding_on_images_of_any_size(kernel: int, stride: int, groups: int) -> None:
+    """Its weights are packed once, while the padding changes with the image."""
+    conv = layers.Conv2dSame(8, 4, kernel, stride, groups=groups).double()
+    frozen = FrozenConv2d(conv)
+    for size in [(6, 7), (9, 8), (8, 9), (12, 12), (11, 9), (13, 5)]:
+        check(lambda x: frozen(x), lambda x: conv(x), normal(2, 8, *size))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch 2.11's own compiler

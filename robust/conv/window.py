@@ -29,10 +29,15 @@ class Window:
         return Geometry(self.kernel, self.stride, padding, self.dilation, self.groups)
 
     def lay_on(self, x: Tensor) -> tuple[Tensor, Geometry]:
-        """x (N, C, H, W), padded where it takes more than zeros on both sides, and the geometry on it."""
+        """x (N, C, H, W), padded where it takes more than zeros on both sides, and the geometry on it.
+
+        With a stride, which phases an input gradient has, and weights are packed by, depends on the padding; so there
+        the geometry is the same on every image.
+        """
         geometry = self.geometry
         before, after = self._around((x.shape[2], x.shape[3]))
-        if before == after and self.mode == "zeros":
+        varies = isinstance(self.padding, str) and self.stride != (1, 1)
+        if before == after and self.mode == "zeros" and not varies:
             return x, Geometry(self.kernel, self.stride, before, self.dilation, self.groups)
         mode = "constant" if self.mode == "zeros" else self.mode
         return F.pad(x, (before[1], after[1], before[0], after[0]), mode), geometry
