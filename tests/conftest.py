@@ -1,12 +1,17 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 # Triton asks for this when a kernel is defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The same examples every time.
+hypothesis.settings.register_profile("fixed", derandomize=True)
+hypothesis.settings.load_profile("fixed")
 
 # Small tensors gain nothing from threads, and test processes run side by side.
 torch.set_num_threads(1)
