@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from robust.errors import InputError
 from robust.statistics import WORST_CASE, wilson
 from robust.store import Finding, Store
 from robust.units import format_images, format_percent
@@ -41,8 +42,8 @@ def has_input_gradient(model: Model, x: Tensor) -> bool:
         return output.requires_grad and torch.autograd.grad(output.sum(), query, allow_unused=True)[0] is not None
 
 
-def keeps_input(model: Model, x: Tensor) -> bool:
-    """Whether the model leaves images like x (N, C, H, W) as it is given them, without gradients and with."""
+def check_keeps_input(model: Model, x: Tensor) -> None:
+    """InputError for a model that changes images like x (N, C, H, W) in place, without gradients or with."""
     import torch
 
     # Not x: what rounds to 8 bits changes no image that was read from a file.
@@ -52,8 +53,7 @@ def keeps_input(model: Model, x: Tensor) -> bool:
         with torch.set_grad_enabled(wants_grad):
             model.module(given)
         if not torch.equal(given.detach(), images):
-            return False
-    return True
+            raise InputError("the model changes the images it is given; let its forward begin with x = x.clone()")
 
 
 def preflight(model: Model, x: Tensor, logits: Tensor, draws: int = 1) -> Iterator[Finding]:

@@ -25,7 +25,7 @@ from attacks.noise import sample_key
 from attacks.norms import NORMS, per_slot
 from robust.data.labels import label_of
 from robust.data.sample import Dataset, Sample
-from robust.diagnostics import CONTROL, has_input_gradient, keeps_input, preflight, review
+from robust.diagnostics import CONTROL, check_keeps_input, has_input_gradient, preflight, review
 from robust.errors import InputError, unknown
 from robust.models.model import Model
 from robust.models.prepare import fast_twin, frozen
@@ -221,8 +221,7 @@ class _Job:
         _seed(options.seed, 0, "preflight")
         both_ways = "it must take one image and several, with gradients and without"
         with _readable_failure(f"model {model.name}", "on the first images", both_ways):
-            if not keeps_input(model, few):
-                raise InputError("the model changes the images it is given; let its forward begin with x = x.clone()")
+            check_keeps_input(model, few)
             logits = _logits(model.module, few, model.num_classes)
             findings = list(preflight(model, few, logits, options.draws))
             has_gradient = has_input_gradient(model, few)

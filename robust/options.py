@@ -85,10 +85,10 @@ class Options:
             raise InputError(f"attack {repeated[0]} is named twice; name it once")
         for value in self.eps:
             _check_eps(value, self.norm)
-        _check_between(
+        check_between(
             1, MOST, steps=self.steps, restarts=self.restarts, queries=self.queries, eot=self.eot, limit=self.limit
         )
-        _check_between(1, MOST_ROWS, batch_size=self.batch_size)
+        check_between(1, MOST_ROWS, batch_size=self.batch_size)
         rand = "autoattack-rand" in self.attacks
         if rand and self.eot not in (None, RAND_DRAWS):
             raise InputError(f"autoattack-rand is the vote of {RAND_DRAWS} draws, by its standard; leave eot out")
@@ -182,7 +182,8 @@ def _check_eps(eps: float, norm: str) -> None:
         raise InputError(f"eps in l0 counts the values that may change, so it is a whole number, not {eps:g}")
 
 
-def _check_between(least: int, most: int, **values: int | None) -> None:
+def check_between(least: int, most: int, **values: int | None) -> None:
+    """InputError, which names the option, for a count below or above; None is no count."""
     for name, value in values.items():
         if value is not None and value < least:
             raise InputError(f"{name} must be at least {least}, not {value}")

@@ -12,7 +12,7 @@ SECONDS_BETWEEN_LINES = 30
 
 
 class Meter(AbstractContextManager["Meter"]):
-    """A listener to `robust.harness.evaluate`: images per second, time left, robust accuracy so far.
+    """A listener to `robust.harness.evaluate`: images per second, time left, how many stood so far.
 
     `total` is the number of samples times that of attacks. With `quiet` it says nothing.
     """
@@ -49,9 +49,10 @@ class Meter(AbstractContextManager["Meter"]):
         self._robust[attack] += robust
         now = time.monotonic()
         rate = f"{self._done.total() / max(now - self._began, 1e-9):,.1f} images/s"
-        standing = f"robust {100 * self._robust[attack] / max(self._done[attack], 1):.1f} %"
+        # No share: what breaks is done first.
+        standing = f"{self._robust[attack]:,} of {self._done[attack]:,} stand"
         self._bar.update(self._task, advance=n, description=attack, rate=rate, robust=standing)
         if not self._quiet and not self._console.is_terminal and now - self._spoke > SECONDS_BETWEEN_LINES:
             self._spoke = now
             of = f" of {self._total:,}" if self._total else ""
-            print(f"{self._done.total():,}{of} (image, attack) pairs, {rate}; {attack}: {standing} so far", flush=True)
+            print(f"{self._done.total():,}{of} (image, attack) pairs, {rate}; {attack}: {standing}", flush=True)

@@ -17,13 +17,13 @@ from robust.conv.gates import Gate
 from robust.conv.ladder import Measurement
 from robust.conv.shapes import Shape, miniatures, shapes
 from robust.data.sample import Dataset, Sample
-from robust.diagnostics import has_input_gradient, keeps_input
+from robust.diagnostics import check_keeps_input, has_input_gradient
 from robust.environment import environment, now
 from robust.errors import InputError, unknown
 from robust.harness import pick_device
 from robust.models.model import Model
 from robust.models.probe import count_classes, describe
-from robust.options import MOST_ROWS, Options
+from robust.options import MOST_ROWS, Options, check_between
 
 ATTACKS = ("fgsm", "pgd")
 PRECISIONS = [name for name in gates.PRECISIONS if name != "float64"]
@@ -182,11 +182,7 @@ def _checked(device: str, precision: str, algorithm: str, batch_size: int | None
         raise unknown("algorithm", algorithm, ("auto", *ALGORITHMS))
     if algorithm in ladder.MINIATURE_ONLY:
         raise InputError(f"{algorithm} takes too long at full size, and is on the ladder in miniature: leave it out")
-    for name, value in (("batch_size", batch_size), ("steps", steps)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, not {value}")
-        if value is not None and value > MOST_ROWS:
-            raise InputError(f"{name} must be at most {MOST_ROWS}, not {value}")
+    check_between(1, MOST_ROWS, batch_size=batch_size, steps=steps)
     where = pick_device(device)
     if where.type not in BATCH:
         raise InputError(f"device {device!r} cannot be used; name cpu or cuda")
@@ -206,12 +202,12 @@ def _checked_network(model: Model, x: Tensor) -> nn.Module:
     count_classes(network, (channels, height, width))
     given = replace(model, module=network)
     try:
-        kept = keeps_input(given, x)
-        has_gradient = kept and has_input_gradient(given, x)
+        check_keeps_input(given, x)
+        has_gradient = has_input_gradient(given, x)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{model.name} fails where its images want gradients: {describe(error)}") from error
-    if not kept:
-        raise InputError("the model changes the images it is given; let its forward begin with x = x.clone()")
     if not has_gradient:
         raise InputError("the model passes no gradient back to its input: take no_grad and detach out of its forward")
     return network

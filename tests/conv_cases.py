@@ -1,12 +1,13 @@
 """The convolutions on which every algorithm is tested, what goes into them, and float64 torch to compare with."""
 
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn import grad as gradients
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from robust.conv.algorithm import Algorithm, Epilogue
 from robust.conv.gates import poisoned
@@ -204,3 +205,15 @@ def assert_epilogue(algorithm: Algorithm, case: Case) -> None:
     x_grad = algorithm.input_grad(g, packed, case.geometry, case.size, mask)
     expected = reference(Inputs(x, weight, g * (mask > 0)), case.geometry).input_grad
     torch.testing.assert_close(x_grad, expected.float(), rtol=2**-23, atol=1e-12)
+
+
+class Called(TorchDispatchMode):
+    """Keeps the names of the operators that torch's dispatcher is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        self.names.add(function.overloadpacket.__name__)
+        return function(*arguments, **(options or {}))

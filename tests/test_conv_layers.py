@@ -12,8 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from conv_cases import Called
 from robust.conv import layers
 from robust.conv.algorithm import algorithm
 from robust.conv.frozen import FrozenConv2d
@@ -478,16 +478,6 @@ def test_a_network_of_them_compiles_into_one_graph() -> None:
         results(compiled, normal(2, 3, 12, 10)), results(net, normal(2, 3, 12, 10)), strict=True
     ):
         torch.testing.assert_close(found, expected)
-
-
-class Called(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        self.names.add(function.overloadpacket.__name__)
-        return function(*arguments, **(options or {}))
 
 
 def test_none_of_torchs_own_layers_is_behind_them() -> None:

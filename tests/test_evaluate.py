@@ -150,6 +150,17 @@ def test_help_needs_neither_torch_nor_pandas():
         assert option in done.stdout
 
 
+def test_the_line_on_the_way_counts_what_stands_of_what_is_done(project, capsys, monkeypatch):
+    """No share of it, for what breaks is done first."""
+    monkeypatch.setattr("robust.progress.SECONDS_BETWEEN_LINES", -1)
+    _, out, _ = run(f"{COMMON} --attack pgd --output out", capsys)
+    lines = [line for line in out.splitlines() if "pairs" in line]
+    assert len(lines) > 1 and all(re.search(r"; pgd: \d+ of \d+ stand$", line) for line in lines)
+    stand, done = (int(lines[-1].split()[k]) for k in (-4, -2))
+    largest = pd.read_csv(project / "out" / "summary.csv").query("attack == 'pgd'").iloc[-1]
+    assert (stand, done) == (round(largest.n * largest.robust_accuracy), largest.n)
+
+
 @pytest.mark.parametrize("option", ["--list-attacks", "--help"])
 def test_nobody_reads_on(option):
     """As a program ends that SIGPIPE kills: no traceback, and no code that is a verdict."""

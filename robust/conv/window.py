@@ -36,8 +36,8 @@ class Window:
         """
         geometry = self.geometry
         before, after = self._around((x.shape[2], x.shape[3]))
-        varies = isinstance(self.padding, str) and self.stride != (1, 1)
-        if before == after and self.mode == "zeros" and not varies:
+        as_packed = before == geometry.padding or self.stride == (1, 1)
+        if before == after and self.mode == "zeros" and as_packed:
             return x, Geometry(self.kernel, self.stride, before, self.dilation, self.groups)
         mode = "constant" if self.mode == "zeros" else self.mode
         return F.pad(x, (before[1], after[1], before[0], after[0]), mode), geometry
