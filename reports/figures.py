@@ -45,12 +45,17 @@ def write_figures(store: Store, folder: Path) -> None:
 def panda(example: Example, class_names: Sequence[str] | None) -> Figure:
     """Three pictures in a row, the name and the confidence beneath each."""
     picture, clean = example.picture, example.clean
+    limit = ", not in 8 bits" if example.drawn_alike else " confidence"
     before = _lines(format_class(clean.clean_pred, class_names))
     after = _lines(format_class(picture.adv_pred, class_names))
     panels = (
         (picture.x, before, f"{format_percent(clean.clean_confidence)} confidence"),
         (example.perturbation, ["perturbation"], example.factor),
-        (picture.x_adv, after, f"{format_percent(picture.adv_confidence)} confidence"),
+        (
+            picture.x_adv,
+            after,
+            f"{format_percent(picture.adv_confidence)}{limit}",
+        ),
     )
     plus = f"+ {example.scale_label} ×"
     room_for_plus = 0.2 + 0.6 * len(plus) * _LARGE / 72

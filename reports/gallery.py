@@ -56,7 +56,13 @@ class Example:
         eps = self.picture.eps if self.norm == "linf" else _LEVEL
         largest = format_distance(self.picture.distance_linf, "linf", eps)
         own = f", {self.norm} {self.picture.distance:.3g}" if self.norm in ("l1", "l0") else ""
-        return f"at most {largest} a pixel (linf), l2 {self.picture.distance_l2:.3g}{own}"
+        gone = ", too small for 8 bits: both pictures are drawn alike" if self.drawn_alike else ""
+        return f"at most {largest} a pixel (linf), l2 {self.picture.distance_l2:.3g}{own}{gone}"
+
+    @property
+    def drawn_alike(self) -> bool:
+        """Whether rounding to 8 bits, as pictures are drawn, leaves nothing of a perturbation."""
+        return bool(self.scale) and np.array_equal(_levels(self.picture.x), _levels(self.picture.x_adv))
 
     @property
     def perturbation(self) -> np.ndarray:
@@ -86,11 +92,13 @@ def rule(samples: pd.DataFrame, summary: pd.DataFrame) -> str:
     """The rule by which `choose` chooses, as it is printed."""
     attack, row = strongest(summary), headline(summary)
     median = _median_l2(samples, attack)
+    stand = samples[(samples.attack == attack) & (samples.eps == samples.eps.max())].robust.any()
     return (
         f"Chosen by rule, not by beauty, from {attack}, the attack that leaves the fewest images at "
         f"{format_eps(row.eps, row.norm)}: those with the smallest change in l2; of some drawn at random, those "
         f"nearest to the median change{'' if math.isnan(median) else f' (l2 {median:.3g})'}; those with the most "
-        "confident wrong answer; and some drawn at random that withstood it. No image is shown twice."
+        f"confident wrong answer{'; and some drawn at random that withstood it' if stand else ''}. "
+        "No image is shown twice."
     )
 
 
@@ -100,9 +108,13 @@ def _median_l2(samples: pd.DataFrame, attack: str) -> float:
     return float(rows.distance_l2.median())
 
 
+def _levels(image: np.ndarray) -> np.ndarray:
+    return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
 def png(image: np.ndarray) -> bytes:
     """(C, H, W) in [0, 1], C 1 or 3, as the bytes of an 8-bit PNG at native resolution."""
-    levels = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    levels = _levels(image)
     stream = io.BytesIO()
     Image.fromarray(levels[0] if len(levels) == 1 else levels.transpose(1, 2, 0)).save(stream, "PNG", optimize=True)
     return stream.getvalue()

@@ -24,8 +24,8 @@ from reports import REPORTS, write_reports
 from reports.answer import answer, headline, strongest, verdict
 from reports.breakdown import confusions, per_class
 from reports.curve import NARROW, WIDE, describe, inline_svg
-from reports.figures import _safe
-from reports.gallery import Example, choose, png
+from reports.figures import _safe, panda
+from reports.gallery import Example, choose, png, rule
 from reports.terminal import plain_lines, summary_table
 from robust.errors import InputError
 from robust.files import replacing
@@ -510,6 +510,13 @@ def test_images_that_withstood_are_shown_too() -> None:
     store = make_store(eps=[1 / 255, 2 / 255])
     roles = [example.picture.role for example in choose(store, store.samples(), store.summary())]
     assert roles[:4] == ["smallest", "typical", "confident", "withstood"]
+    assert "that withstood it" in rule(store.samples(), store.summary())
+
+
+def test_the_rule_names_none_that_withstood_where_none_did() -> None:
+    store = make_store(eps=[1 / 255, 2 / 255])
+    samples = store.samples().assign(robust=False)
+    assert "withstood" not in rule(samples, store.summary())
 
 
 @pytest.mark.parametrize(
@@ -529,7 +536,19 @@ def test_a_perturbation_is_drawn_by_its_factor(norm: str, delta: list, drawn: li
     example = Example(picture, Clean(0, "a", "", 0, 0, 0.5), norm)
     assert example.perturbation.ravel() == pytest.approx(drawn, abs=1e-5)
     assert example.factor == factor
-    assert example.size.endswith("l2 0.25")
+    assert example.size.endswith("l2 0.25") and not example.drawn_alike
+
+
+def test_a_change_that_rounding_takes_back_is_said_where_the_pictures_are() -> None:
+    """Else one picture would stand under two names."""
+    x = np.full((1, 1, 2), 0.25, np.float32)
+    for delta, alike in ((0.25 / 255, True), (1 / 255, False)):
+        picture = Picture("smallest", 0, 0, "pgd", delta, 1, 0.75, 0.1, delta, 0.1, x, x + np.float32(delta))
+        example = Example(picture, Clean(0, "a", "", 0, 0, 0.5), "linf")
+        assert example.drawn_alike == alike == (png(example.picture.x) == png(example.picture.x_adv))
+        assert example.size.endswith("drawn alike") == alike
+        words = [text.get_text() for text in panda(example, None).texts]
+        assert ("75.0 %, not in 8 bits" in words) == alike == ("75.0 % confidence" not in words)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
