@@ -39,6 +39,12 @@ def write_page(comparison: Comparison, current: Path, path: Path) -> None:
         store.close()
 
 
+def write_reason(reason: str, path: Path) -> None:
+    """A page that says why there is no comparison."""
+    template = environment(None).get_template("incomparable.html.j2")
+    write_text(path, template.render(reason=visible(reason)))
+
+
 def _view(example: Example, class_names: Sequence[str] | None) -> dict[str, Any]:
     return view(example, class_names) | {"title": f"Fell to {visible(example.picture.attack)}"}
 

@@ -9,8 +9,8 @@ from robust.files import write_text
 from robust.gate import Change, Comparison
 from robust.verdicts import Verdicts
 
-# History: 1: first.
-SCHEMA_VERSION = 1
+# History: 1: first. 2: `error`, which is null, or why there is no comparison: then all else is left out.
+SCHEMA_VERSION = 2
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
@@ -20,6 +20,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
         "schema_version": SCHEMA_VERSION,
         "passed": comparison.passed,
         "answer": comparison.answer,
+        "error": None,
         "causes": comparison.causes,
         "notes": comparison.notes,
         "rules": asdict(comparison.rules),
@@ -33,6 +34,16 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
             for judgement in comparison.judgements
         ],
     }
+    _write(report, path)
+
+
+def write_reason(reason: str, path: Path) -> None:
+    """Why there is no comparison; not passed."""
+    answer = f"cannot be compared: {reason}"
+    _write({"schema_version": SCHEMA_VERSION, "passed": False, "answer": answer, "error": reason}, path)
+
+
+def _write(report: dict[str, Any], path: Path) -> None:
     write_text(path, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 

@@ -32,7 +32,7 @@ def write_junit(comparison: Comparison, path: Path) -> None:
     _write(suite, path)
 
 
-def write_error(reason: str, path: Path) -> None:
+def write_reason(reason: str, path: Path) -> None:
     """One test case that says why there is no comparison."""
     suite = _suite(1, errors=1)
     case = ElementTree.SubElement(suite, "testcase", classname=_SUITE, name="comparable", time="0")

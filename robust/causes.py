@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from robust.statistics import mcnemar
+from robust.statistics import WORST_CASE, mcnemar
 from robust.text import format_points, visible
 from robust.units import format_count, format_eps, format_images, format_percent
 from robust.verdicts import Verdicts
@@ -71,6 +71,7 @@ def notes(comparison: Comparison) -> Iterator[str]:
     if None in (baseline.samples.content_digest, current.samples.content_digest):
         yield "samples.csv has no content hashes: samples are paired by id and label alone."
     yield from _left_out(baseline, current)
+    yield from _nothing_to_lose(comparison)
     yield from _few(comparison)
 
 
@@ -114,6 +115,14 @@ def _left_out(baseline: Verdicts, current: Verdicts) -> Iterator[str]:
     beyond = sorted({row[1:] for row in current.robust if row.eps > largest * (1 + 1e-6) and row.attack in known})
     if beyond:
         yield f"Only the current run has eps {', '.join(format_eps(eps, norm) for norm, eps in beyond)}: left out."
+
+
+def _nothing_to_lose(comparison: Comparison) -> Iterator[str]:
+    """Where the baseline had fallen altogether, so that the gate sees nothing."""
+    worst = [change for change in comparison.changes if change.row.attack == WORST_CASE and not change.before]
+    if worst:
+        where = ", ".join(format_eps(change.row.eps, change.row.norm) for change in worst)
+        yield f"At {worst[0].row.norm} {where} no image withstood before, so none can fall: compare at smaller eps too."
 
 
 def _few(comparison: Comparison) -> Iterator[str]:

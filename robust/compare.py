@@ -1,7 +1,7 @@
 """python -m robust.compare: did robustness fall? The regression gate for pipelines."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +11,7 @@ from rich.console import Console
 
 from robust import cli
 from robust.errors import InputError
+from robust.files import check_writable
 from robust.options import parse_eps
 
 if TYPE_CHECKING:
@@ -111,7 +112,16 @@ def compare(
     Exit codes: 0 pass, 1 regression, 2 the runs cannot be compared,
     3 a fault of robust itself, 141 its output went unread.
     """
+    reports = {
+        name: path
+        for name, path in (("junit", junit), ("markdown", markdown), ("json", json), ("html", html))
+        if path is not None
+    }
+    if (update or plan is not None) and reports:
+        raise InputError(f"--{'update' if update else 'plan'} writes no reports: leave out --{' and --'.join(reports)}")
     if plan is not None:
+        if update:
+            raise InputError("--plan and --update are two commands: leave one out")
         _print_plan(plan, significant)
         return 0
     # Late, so that --help does not wait for pandas.
@@ -122,15 +132,15 @@ def compare(
         max_drop, significant, min_robust_accuracy, min_clean_accuracy, strict, parse_eps(eps) if eps else ()
     )
     before, after = _named(runs or [])
-    _check_reports([path for path in (junit, markdown, json, html) if path is not None], (before, after))
+    _check_reports(reports.values(), (before, after))
     if update:
         return _update(before, after, rules, quiet)
     try:
         comparison = gate.compare(read(before), read(after), rules)
     except InputError as error:
-        _write_reason(str(error), junit, markdown)
+        _write_reason(str(error), reports)
         raise
-    _write(comparison, after, junit, markdown, json, html)
+    _write(comparison, after, reports)
     if not quiet:
         _print(comparison)
         print(comparison.answer)
@@ -152,8 +162,8 @@ def _named(runs: list[Path]) -> tuple[Path, Path]:
     return before, after
 
 
-def _check_reports(reports: list[Path], runs: tuple[Path, Path]) -> None:
-    """InputError where a report would be written over what is compared, or over another one."""
+def _check_reports(reports: Iterable[Path], runs: tuple[Path, Path]) -> None:
+    """InputError where a report would be written over what is compared, or over another one, or cannot be written."""
     own = {folder.resolve() / name for folder in runs if folder.is_dir() for name in _OWN}
     taken = own | {run.resolve() for run in runs}
     for path in reports:
@@ -162,6 +172,9 @@ def _check_reports(reports: list[Path], runs: tuple[Path, Path]) -> None:
         if path.resolve() in taken:
             raise InputError(f"{path} is compared, or is another report's file: name another one for this report")
         taken.add(path.resolve())
+    for path in reports:
+        with _writing(path):
+            check_writable(path)
 
 
 def _newest() -> Path:
@@ -203,49 +216,41 @@ def _update(path: Path, run: Path, rules: "gate.Rules", quiet: bool) -> int:
     return 0
 
 
-def _write(
-    comparison: "gate.Comparison",
-    current: Path,
-    junit: Path | None,
-    markdown: Path | None,
-    json: Path | None,
-    html: Path | None,
-) -> None:
-    # Each writer is imported for the file that was asked for.
-    if junit is not None:
-        from reports.junit import write_junit
+def _write(comparison: "gate.Comparison", current: Path, reports: Mapping[str, Path]) -> None:
+    """The reports, by their options' names; each writer is imported for the file that was asked for."""
+    for name, path in reports.items():
+        with _writing(path):
+            if name == "junit":
+                from reports.junit import write_junit
 
-        with _writing(junit):
-            write_junit(comparison, junit)
-    if markdown is not None:
-        from reports.markdown import write_markdown
+                write_junit(comparison, path)
+            elif name == "markdown":
+                from reports.markdown import write_markdown
 
-        with _writing(markdown):
-            write_markdown(comparison, markdown)
-    if json is not None:
-        from reports.comparejson import write_comparison
+                write_markdown(comparison, path)
+            elif name == "json":
+                from reports.comparejson import write_comparison
 
-        with _writing(json):
-            write_comparison(comparison, json)
-    if html is not None:
-        from reports.comparehtml import write_page
+                write_comparison(comparison, path)
+            else:
+                from reports.comparehtml import write_page
 
-        with _writing(html):
-            write_page(comparison, current, html)
+                write_page(comparison, current, path)
 
 
-def _write_reason(reason: str, junit: Path | None, markdown: Path | None) -> None:
-    """What CI servers and people read says why there is no comparison, in place of an earlier one."""
-    if junit is not None:
-        from reports.junit import write_error
-
-        with _writing(junit):
-            write_error(reason, junit)
-    if markdown is not None:
-        from reports.markdown import write_reason
-
-        with _writing(markdown):
-            write_reason(reason, markdown)
+def _write_reason(reason: str, reports: Mapping[str, Path]) -> None:
+    """Reports that say why there is no comparison, in place of an earlier outcome."""
+    for name, path in reports.items():
+        with _writing(path):
+            if name == "junit":
+                from reports.junit import write_reason
+            elif name == "markdown":
+                from reports.markdown import write_reason
+            elif name == "json":
+                from reports.comparejson import write_reason
+            else:
+                from reports.comparehtml import write_reason
+            write_reason(reason, path)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Files written whole or not at all."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,3 +35,15 @@ def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in UTF-8."""
     with replacing(path) as stream:
         stream.write(text.encode())
+
+
+def check_writable(path: Path) -> None:
+    """OSError where no file can be put at `path`, folders above it included; nothing is made to find out."""
+    path = path.resolve()
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    folder = next(parent for parent in path.parents if parent.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))

@@ -122,6 +122,9 @@ def test_exit_codes_and_the_last_sentence(here, capsys, line, code, last):
         ("--update same/samples.csv", "cannot be read"),
         ("--update before/samples.csv", "has no content hashes and no options"),
         ("--update same before", "--update writes a file, and same is a folder"),
+        ("--update new.json same --junit j.xml", "--update writes no reports: leave out --junit"),
+        ("--plan 0.1 --markdown m.md --html h.html", "--plan writes no reports: leave out --markdown and --html"),
+        ("--plan 0.1 --update", "--plan and --update are two commands: leave one out"),
         ("--plan 2", "a drop of 2 cannot be planned for"),
         ("--mistake", "No such option: --mistake"),
     ],
@@ -296,7 +299,22 @@ def test_where_nothing_can_be_compared_the_server_is_told_why(here, capsys):
     reason = suite.find("testcase/error").get("message")
     assert f"error: {reason}\n" == err
     assert unescape((here / "m.md").read_text()).endswith(f"{reason}\n")
-    assert not (here / "c.json").exists() and not (here / "c.html").exists()
+    told = json.loads((here / "c.json").read_text(encoding="utf-8"))
+    assert told == {
+        "schema_version": 2, "passed": False, "answer": f"cannot be compared: {reason}", "error": reason
+    }  # fmt: skip
+    page = Reader((here / "c.html").read_text(encoding="utf-8"))
+    assert reason in [line.strip() for line in page.text] and not any(tag == "script" for tag, _ in page.tags)
+
+
+@pytest.mark.parametrize("option", ["junit", "markdown", "json", "html"])
+def test_no_report_is_written_where_one_of_them_cannot_be(here, capsys, option):
+    others = " ".join(f"--{name} made/{name}" for name in ("junit", "markdown", "json", "html") if name != option)
+    (here / "file").touch()
+    for path, why in (("file/x", "Not a directory"), (".", "Is a directory")):
+        code, out, err = run(f"before same {others} --{option} {path}", capsys)
+        assert (code, out, err) == (2, "", f"error: cannot write {path}: {why}\n")
+    assert not (here / "made").exists()
 
 
 def test_markdown_shows_the_rows_and_lets_nothing_in(written):
@@ -358,7 +376,8 @@ def test_inert_text_reads_the_same_and_does_nothing(text):
 
 def test_json_holds_everything(written, runs):
     report = json.loads((written / "json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
-    assert report["schema_version"] == 1 and report["passed"] is False and report["answer"].startswith("FAIL")
+    assert (report["schema_version"], report["error"], report["passed"]) == (2, None, False)
+    assert report["answer"].startswith("FAIL")
     assert report["rules"]["significant"] == 0.05
     row = report["rows"][-1]
     assert (row["attack"], row["eps"]) == ("worst_case", 8 / 255)
