@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from robust.statistics import WORST_CASE, mcnemar
 from robust.text import format_points, visible
 from robust.units import format_count, format_eps, format_images, format_percent
-from robust.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from robust.gate import Comparison
@@ -70,7 +69,7 @@ def notes(comparison: Comparison) -> Iterator[str]:
         yield "samples.csv says nothing of the attacks' options and the network: whether they agree is not checked."
     if None in (baseline.samples.content_digest, current.samples.content_digest):
         yield "samples.csv has no content hashes: samples are paired by id and label alone."
-    yield from _left_out(baseline, current)
+    yield from _not_compared(comparison)
     yield from _nothing_to_lose(comparison)
     yield from _few(comparison)
 
@@ -107,14 +106,17 @@ def _among_correct(comparison: Comparison) -> str:
     )
 
 
-def _left_out(baseline: Verdicts, current: Verdicts) -> Iterator[str]:
+def _not_compared(comparison: Comparison) -> Iterator[str]:
+    baseline, current = comparison.baseline, comparison.current
+    also = "" if comparison.rules.min_robust_accuracy is None else "; the least robust accuracy is asked of it too"
     known = {row.attack for row in baseline.robust}
     if extra := sorted({visible(row.attack) for row in current.robust if row.attack not in known}):
-        yield f"Only the current run has {', '.join(extra)}: left out, of the worst case too."
+        yield f"Only the current run has {', '.join(extra)}: left out, of the worst case too{also}."
     largest = max(row.eps for row in baseline.robust)
     beyond = sorted({row[1:] for row in current.robust if row.eps > largest * (1 + 1e-6) and row.attack in known})
     if beyond:
-        yield f"Only the current run has eps {', '.join(format_eps(eps, norm) for norm, eps in beyond)}: left out."
+        said = ", ".join(format_eps(eps, norm) for norm, eps in beyond)
+        yield f"Only the current run has eps {said}: left out{also}."
 
 
 def _nothing_to_lose(comparison: Comparison) -> Iterator[str]:

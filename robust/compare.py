@@ -51,7 +51,8 @@ def compare(
     min_robust_accuracy: Annotated[
         float | None,
         typer.Option(
-            help="Fail where the robust accuracy in the worst case, at any eps compared, is below this share.",
+            help="Fail where the robust accuracy of CURRENT in the worst case over its attacks, at any of its eps, is "
+            "below this share.",
             rich_help_panel=_RULES,
         ),
     ] = None,
@@ -67,7 +68,7 @@ def compare(
     ] = False,
     eps: Annotated[
         str | None,
-        typer.Option(help="Compare these only, such as 8/255. Default: all of the baseline's.", rich_help_panel=_RULES),
+        typer.Option(help="Look at these only, such as 8/255. Default: all of the baseline's.", rich_help_panel=_RULES),
     ] = None,
     junit: Annotated[
         Path | None, typer.Option(help="Write JUnit XML, for CI servers.", rich_help_panel=_OUTPUT)

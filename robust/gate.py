@@ -17,7 +17,7 @@ from robust.pairing import Incomparable, Pairs, pair
 from robust.statistics import WORST_CASE, holm, mcnemar, paired_difference, wilson
 from robust.text import format_p, format_points, visible
 from robust.units import format_count, format_images, format_percent
-from robust.verdicts import CLEAN, Row, Samples, Verdicts
+from robust.verdicts import CLEAN, Row, Samples, Verdicts, among, same_eps, worst_cases
 
 __all__ = ["Change", "Comparison", "Incomparable", "Judgement", "Rules", "compare"]
 
@@ -36,10 +36,11 @@ class Rules:
     max_drop, significant: an accuracy, clean or robust, may not fall by more than `max_drop`; it may not fall by an
         amount that the exact McNemar test, Holm-corrected over all rows, finds significant at this level. With both,
         only a drop that is larger and significant fails. With neither, `significant` is 0.05.
-    min_robust_accuracy: least robust accuracy in the worst case over the attacks, at each eps compared.
+    min_robust_accuracy: least robust accuracy in the worst case over all attacks of the current run, at each of its
+        eps.
     min_clean_accuracy: least accuracy on unchanged images.
     strict: hold the lower end of the 95 % interval (Wilson) against these two, instead of the accuracy itself.
-    eps: compare these only; () for all that the baseline has.
+    eps: look at these only; () for all that the baseline has, and for the least accuracy all of the current run's.
 
     InputError for a value that is none.
     """
@@ -197,12 +198,12 @@ class Comparison:
 def compare(baseline: Verdicts, current: Verdicts, rules: Rules = Rules()) -> Comparison:
     """Hold `current` against `baseline`. Incomparable, an InputError, where they are not the same evaluation.
 
-    `current` may have more attacks, and larger eps, than the baseline; these are left out.
+    `current` may have more attacks, and larger eps, than the baseline: of these only the least accuracies are asked.
     """
     pairs = pair(baseline, current, rules.eps)
     tests = _tests(pairs)
     changes = _changes(pairs, tests)
-    judgements = (*_drops(changes, rules), *_floors(changes, rules), *_checks(baseline, current))
+    judgements = (*_drops(changes, rules), *_floors(changes, current, rules), *_checks(baseline, current))
     return Comparison(baseline, current, rules, pairs, changes, 1 + max(tests.values()), judgements)
 
 
@@ -239,23 +240,34 @@ def _drops(changes: Sequence[Change], rules: Rules) -> Iterator[Judgement]:
         yield Judgement(rule, str(change.row), not fails, str(change), change.row)
 
 
-def _floors(changes: Sequence[Change], rules: Rules) -> Iterator[Judgement]:
-    worst = [change for change in changes if change.row.attack == WORST_CASE]
-    for rule, least, concerned in (
-        ("min-robust-accuracy", rules.min_robust_accuracy, worst),
-        ("min-clean-accuracy", rules.min_clean_accuracy, changes[:1]),
-    ):
-        if least is None:
+def _floors(changes: Sequence[Change], current: Verdicts, rules: Rules) -> Iterator[Judgement]:
+    """Least accuracies are asked of the whole current run, of attacks and eps that the baseline lacks too."""
+    least = rules.min_robust_accuracy
+    for worst, stands in worst_cases(current.robust).items():
+        if least is None or (rules.eps and not among(worst.eps, rules.eps)):
             continue
-        for change in concerned:
-            low, _ = wilson(change.after, change.n)
-            passed = (low if rules.strict else change.after / change.n) >= least
-            bound = f", the 95 % interval from {format_percent(low)}" if rules.strict else ""
-            message = (
-                f"{change.row} is {format_percent(change.after, change.n)}{bound}, "
-                f"{'at least' if passed else 'below'} the {format_percent(least)} asked for"
-            )
-            yield Judgement(rule, str(change.row), passed, message, change.row)
+        at = [change.row for change in changes if change.row.norm == worst.norm and same_eps(change.row.eps, worst.eps)]
+        ran = {row.attack for row in current.robust if row[1:] == worst[1:]}
+        new = ", ".join(map(visible, sorted(ran - {row.attack for row in at}))) if at else ""
+        subject = f"{worst} (with {new}, which the baseline lacks)" if new else str(worst)
+        # Where it is the accuracy that was compared, it is that row which fails.
+        row = next((row for row in at if row.attack == WORST_CASE and not new), None)
+        yield _floor("min-robust-accuracy", least, subject, stands, row, rules.strict)
+    if rules.min_clean_accuracy is not None:
+        clean = changes[0].row
+        yield _floor("min-clean-accuracy", rules.min_clean_accuracy, str(clean), current.clean, clean, rules.strict)
+
+
+def _floor(rule: str, least: float, subject: str, stands: np.ndarray, row: Row | None, strict: bool) -> Judgement:
+    right, n = int(stands.sum()), len(stands)
+    low, _ = wilson(right, n)
+    passed = (low if strict else right / n) >= least
+    bound = f", the 95 % interval from {format_percent(low)}" if strict else ""
+    message = (
+        f"{subject} is {format_percent(right, n)}{bound}, "
+        f"{'at least' if passed else 'below'} the {format_percent(least)} asked for"
+    )
+    return Judgement(rule, subject, passed, message, row)
 
 
 def _checks(baseline: Verdicts, current: Verdicts) -> Iterator[Judgement]:

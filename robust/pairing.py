@@ -1,6 +1,5 @@
 """Are two runs the same evaluation of two networks? Then their verdicts, row by row in pairs."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -9,10 +8,9 @@ import numpy as np
 
 from robust.errors import InputError
 from robust.options import Options
-from robust.statistics import WORST_CASE
 from robust.text import visible
 from robust.units import format_eps
-from robust.verdicts import CLEAN, Row, Verdicts
+from robust.verdicts import CLEAN, Row, Verdicts, among, same_eps, worst_cases
 
 Pairs = dict[Row, tuple[np.ndarray, np.ndarray]]  # row -> verdicts (n,) bool before, and after
 
@@ -38,19 +36,17 @@ def pair(baseline: Verdicts, current: Verdicts, eps: Sequence[float] = ()) -> Pa
     reasons = list(_differences(baseline, current))
     for attack, norm in sorted({(row.attack, row.norm) for row in baseline.robust}):
         there, here = _ladder(baseline, attack, norm), _ladder(current, attack, norm)
-        wanted = [k for k, row in enumerate(there) if not eps or _among(row.eps, eps)]
+        wanted = [k for k, row in enumerate(there) if not eps or among(row.eps, eps)]
         climbed = there[: max(wanted, default=-1) + 1]
-        if len(here) >= len(climbed) and all(_close(a.eps, b.eps) for a, b in zip(climbed, here, strict=False)):
+        if len(here) >= len(climbed) and all(same_eps(a.eps, b.eps) for a, b in zip(climbed, here, strict=False)):
             pairs |= {there[k]: (baseline.robust[there[k]], current.robust[here[k]]) for k in wanted}
         else:
             reasons.append(_unlike(attack, norm, climbed, here, current))
     if reasons:
         raise Incomparable(f"{current.source} cannot be compared with {baseline.source}: {'; '.join(reasons)}")
-    # Sample by sample over the attacks: neither the mean nor the minimum of their accuracies (auto-attack#45).
-    for norm, radius in sorted({(row.norm, row.eps) for row in pairs if row.attack != CLEAN}):
-        at = [both for row, both in pairs.items() if (row.norm, row.eps) == (norm, radius)]
-        before, after = (np.logical_and.reduce(verdicts) for verdicts in zip(*at, strict=True))
-        pairs[Row(WORST_CASE, norm, radius)] = (before, after)
+    attacked = [row for row in pairs if row.attack != CLEAN]
+    before, after = (worst_cases({row: pairs[row][k] for row in attacked}) for k in (0, 1))
+    pairs |= {row: (before[row], after[row]) for row in before}
     return pairs
 
 
@@ -91,21 +87,13 @@ def _require(eps: Sequence[float], baseline: Verdicts) -> None:
     norm = next(iter(baseline.robust)).norm
     known = sorted({row.eps for row in baseline.robust})
     for radius in eps:
-        if not _among(radius, known):
+        if not among(radius, known):
             said = ", ".join(format_eps(value, norm) for value in known)
             raise InputError(f"{baseline.source} has no eps {format_eps(radius, norm)}; it has {said}")
 
 
 def _ladder(verdicts: Verdicts, attack: str, norm: str) -> list[Row]:
     return sorted(row for row in verdicts.robust if (row.attack, row.norm) == (attack, norm))
-
-
-def _close(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-6)  # a spreadsheet keeps eight digits or so
-
-
-def _among(eps: float, others: Sequence[float]) -> bool:
-    return any(_close(eps, other) for other in others)
 
 
 def _unlike(attack: str, norm: str, there: Sequence[Row], here: Sequence[Row], current: Verdicts) -> str:
@@ -117,7 +105,7 @@ def _unlike(attack: str, norm: str, there: Sequence[Row], here: Sequence[Row], c
         norms = sorted({row.norm for row in current.robust if row.attack == attack})
         return visible(f"{attack} ran in {' and '.join(norms)}, not in {norm}" if norms else f"{attack} is missing")
     measured, wanted = [row.eps for row in here], [row.eps for row in there]
-    if lost := [format_eps(eps, norm) for eps in wanted if not _among(eps, measured)]:
+    if lost := [format_eps(eps, norm) for eps in wanted if not among(eps, measured)]:
         return visible(f"{attack} lacks eps {', '.join(lost)}")
-    extra = [format_eps(eps, norm) for eps in measured if eps < wanted[-1] and not _among(eps, wanted)]
+    extra = [format_eps(eps, norm) for eps in measured if eps < wanted[-1] and not among(eps, wanted)]
     return visible(f"{attack} climbed eps {', '.join(extra)} too, and what it finds there counts at larger ones")

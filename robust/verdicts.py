@@ -1,8 +1,9 @@
 """What the gate compares: which samples a run judged, and its verdict on each. Arrays only: no file, no torch."""
 
 import hashlib
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -36,6 +37,26 @@ class Row(NamedTuple):
         if self.attack == CLEAN:
             return "clean accuracy"
         return f"{self.label} at {self.norm} {format_eps(self.eps, self.norm)}"
+
+
+def worst_cases(robust: Mapping[Row, np.ndarray]) -> dict[Row, np.ndarray]:
+    """For each (norm, eps), which samples stand against every attack, (n,) bool: sample by sample, where neither the
+    mean nor the least of the attacks' accuracies would do (auto-attack#45)."""
+    worst: dict[Row, np.ndarray] = {}
+    for row, stands in sorted(robust.items(), key=lambda item: item[0][1:]):
+        key = Row(WORST_CASE, row.norm, row.eps)
+        worst[key] = worst[key] & stands if key in worst else stands
+    return worst
+
+
+def same_eps(a: float, b: float) -> bool:
+    """Whether two files mean the same eps: a spreadsheet keeps eight digits or so."""
+    return math.isclose(a, b, rel_tol=1e-6)
+
+
+def among(eps: float, others: Iterable[float]) -> bool:
+    """Whether one of `others` is the same eps."""
+    return any(same_eps(eps, other) for other in others)
 
 
 def known_norm(norm: str) -> str:

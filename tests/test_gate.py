@@ -282,6 +282,26 @@ def answer(**rows) -> str:
     )
 
 
+def test_the_least_robust_accuracy_is_asked_of_what_the_baseline_lacks_too():
+    before = verdicts({("noise", 0.1): [1] * 10})
+    attack = compare(before, verdicts({("noise", 0.1): [1] * 10, ("pgd", 0.1): [1, 1] + [0] * 8}),
+                     Rules(max_drop=1, min_robust_accuracy=0.4))  # fmt: skip
+    assert attack.answer == (
+        "FAIL: worst case at linf 0.1 (with pgd, which the baseline lacks) is 20.0 %, below the 40.0 % asked for"
+    )
+    assert "Only the current run has pgd: left out, of the worst case too; the least robust accuracy is asked of it " \
+        "too." in attack.notes  # fmt: skip
+    # No row that was compared is the one that fails.
+    assert [failure.row for failure in attack.failures] == [None] and change(attack, WORST_CASE).after == 10
+
+    larger = verdicts({("noise", 0.1): [1] * 10, ("noise", 0.2): [1, 1] + [0] * 8})
+    rules = Rules(max_drop=1, min_robust_accuracy=0.4)
+    assert compare(before, larger, rules).answer == (
+        "FAIL: worst case at linf 0.2 is 20.0 %, below the 40.0 % asked for"
+    )
+    assert compare(before, larger, Rules(max_drop=1, min_robust_accuracy=0.4, eps=(0.1,))).passed
+
+
 def test_the_answer_is_one_sentence_with_the_numbers():
     comparison = answer(clean=(90, 90), pgd=(50, 35))
     assert comparison.answer.startswith(
