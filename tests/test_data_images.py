@@ -1,5 +1,6 @@
 """From files to pixels: exact where there is one right answer, refused where there is none."""
 
+import struct
 import warnings
 import zlib
 from io import BytesIO
@@ -87,6 +88,17 @@ def test_16_bit_grayscale_is_scaled_and_not_clipped(format):
     x = decode(saved(image, format), "a", GRAY)
     np.testing.assert_allclose(x[0].numpy(), deep / 65535, atol=1 / 255)
     assert x.max() == 1
+
+
+def test_12_bit_grayscale_is_scaled_by_its_own_range():
+    values = [0, 1024, 2048, 4095]
+    packed = int("".join(f"{value:012b}" for value in values), 2).to_bytes(6, "big")
+    # width, height, bits a sample, no compression, black is zero, where the strip begins, samples, rows, bytes
+    tags = {256: 4, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(packed)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    tiff = b"II*\0" + struct.pack("<I", 14) + packed + struct.pack("<H", len(tags)) + entries + bytes(4)
+    x = decode(tiff, "a", model_of(input_size=(1, 1, 4)))
+    np.testing.assert_array_equal(as_bytes(x)[0, :, 0], [value >> 4 for value in values])
 
 
 def test_16_bit_colour_keeps_the_high_byte():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 from torch import Tensor
 
 from robust.errors import InputError
@@ -46,7 +46,7 @@ def decode(raw: bytes, name: str, model: Model) -> Tensor:
     animation, integers of unknown range. InputError where the image does not have the model's size.
 
     EXIF orientation is not applied: torchvision's ImageFolder does not either, so neither the training of
-    the published networks nor their accuracies knew of it.
+    the published networks nor their accuracies knew of it. (Pillow applies that of a TIFF, for both.)
     """
     return pixels(_open(raw, name), name, model)
 
@@ -130,8 +130,10 @@ def _plain(image: Image.Image, name: str) -> Image.Image:
         deep = np.asarray(image)
         if has_alpha and (deep == image.info["transparency"]).any():
             raise BadImage(name, _TRANSPARENT)
-        # Pillow's own conversion clips at 255. It reads 16-bit colour by the high byte; so is gray here.
-        return Image.fromarray((deep >> 8).astype(np.uint8))
+        # Pillow's own conversion clips at 255. It reads 16-bit colour by the high byte; so is gray here. A TIFF of 12
+        # bits has the same mode.
+        bits = getattr(image, "tag_v2", {}).get(BITSPERSAMPLE, (16,))[0]
+        return Image.fromarray((deep >> (bits - 8)).astype(np.uint8))
     if mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
         # CMYK included: without its colour profile, any conversion to RGB is a guess.
         raise BadImage(name, f"has pixels of mode {mode}, not 8-bit grayscale or RGB")
