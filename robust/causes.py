@@ -98,11 +98,14 @@ def _among_correct(comparison: Comparison) -> str:
     both = comparison.baseline.clean & comparison.current.clean
     before, after = (verdicts[both] for verdicts in comparison.pairs[row])
     fell, rose = int((before & ~after).sum()), int((after & ~before).sum())
-    fell_too = fell > rose and mcnemar(fell, rose) <= comparison.rules.level
+    if fell <= rose:
+        said = "held"
+    else:
+        said = "fell as well" if mcnemar(fell, rose) <= comparison.rules.level else "did not fall significantly"
     return (
         f"Of the {format_images(len(before))} that both classify correctly unchanged, "
         f"{format_count(int(before.sum()))} withstood the {row} before and {format_count(int(after.sum()))} now: "
-        f"robustness itself {'fell as well' if fell_too else 'held'}."
+        f"robustness itself {said}."
     )
 
 

@@ -21,8 +21,11 @@ def format_points(share: float) -> str:
 
 
 def format_p(p_value: float) -> str:
-    """'p < 0.001', or two digits: 'p = 0.034'."""
-    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
+    """'p < 0.001', or two digits: 'p = 0.034'; more where these would put it at 0.05: 'p = 0.0501'."""
+    digits = 2
+    while p_value != 0.05 and float(f"{p_value:.{digits}g}") == 0.05:
+        digits += 1
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.{digits}g}"
 
 
 def format_bare_p(p_value: float) -> str:

@@ -328,6 +328,10 @@ def test_a_fall_of_the_clean_accuracy_is_told_from_one_of_robustness():
     )
     assert answer(clean=(90, 40), pgd=(40, 20)).causes[1].endswith("20 now: robustness itself fell as well.")
     assert answer(clean=(90, 40), pgd=(20, 40)).causes[1].endswith("40 now: robustness itself held.")
+    # Five that fell are no evidence that it fell, nor that it held.
+    assert (
+        answer(clean=(90, 40), pgd=(10, 5)).causes[1].endswith("5 now: robustness itself did not fall significantly.")
+    )
     (robust, same) = answer(clean=(90, 89), pgd=(50, 35)).causes
     assert robust.endswith("(90.0 % before, 89.0 % now): it is robustness itself that fell.")
     assert same == "The weights are the same, so code outside of them changed."
@@ -382,6 +386,7 @@ def test_so_few_images_that_no_drop_can_be_significant_are_told():
     [
         (format_points(-0.082), "−8.2"), (format_points(0.5), "+50.0"), (format_points(0), "0"),
         (format_points(-0.0002), "−0.02"), (format_p(0.0004), "p < 0.001"), (format_p(0.0341), "p = 0.034"),
+        (format_p(0.0501), "p = 0.0501"), (format_p(0.0499995), "p = 0.0499995"), (format_p(0.05), "p = 0.05"),
         (format_p(1), "p = 1"), (format_bare_p(0.0004), "< 0.001"),
         (format_bare_p(0.0341), "0.034"), (visible("a\nb\x1b[2J\u202ec\ud800é大"), "a␊b␛[2J\ufffdc\ufffdé大"),
     ],
