@@ -18,9 +18,11 @@ from PIL import Image
 
 from data_files import IMAGENET_MODEL, image_bytes, model_of, pattern, write_tree
 from robust.data import load_data
-from robust.data.classes import CIFAR10, CIFAR100
+from robust.data.classes import CIFAR10, CIFAR100, FASHION_MNIST
+from robust.data.labels import label_of
 from robust.data.source import balanced
 from robust.errors import InputError
+from robust.models import imagenet
 from robust.models.model import Preprocess
 
 PETS = model_of(class_names=("dog", "giant panda, panda, coon bear", "cat"))
@@ -158,6 +160,18 @@ def test_wnids_give_imagenets_indices_however_few_folders_exist(tree):
     assert labels(load_data(spec, IMAGENET_MODEL)) == by_wnid, "a model of 1000 classes that says nothing of them"
     few = model_of(class_names=("x", "y", "z"), wnids=("n15075141", "n02510455", "n01440764"))
     assert [*labels(load_data(spec, few)).values()] == [2, 1, 0], "the model's own wnids"
+
+
+def test_wnids_are_no_indices_of_a_model_that_names_its_classes_in_another_order(tree):
+    wnids, names = imagenet.wnids(), imagenet.class_names()
+    folder = tree({"n02510455/1.png": 1, "n01440764/1.png": 1})
+    by_wnid = model_of(1000, (3, 8, 8), class_names=wnids[::-1])
+    assert list(labels(load_data(folder, by_wnid)).values()) == [999, 999 - 388]
+    assert label_of("n02510455", by_wnid) == 999 - 388
+    check_refused(folder, model_of(1000, (3, 8, 8), class_names=tuple(sorted(names))), "2 of the 2 folders .* no class")
+    # Its own spelling of ImageNet's names is no other order.
+    alike = ("tench, Tinca tinca", *names[1:134], "crane", *names[135:])
+    assert list(labels(load_data(folder, model_of(1000, (3, 8, 8), class_names=alike))).values()) == [0, 388]
 
 
 def test_wnids_need_a_model_of_imagenet(tree):
@@ -448,6 +462,16 @@ def test_one_image_with_a_label_that_is_not_clear(tmp_path, model, label, reason
     check_refused(tmp_path / "panda.png", model, reason, label=label)
 
 
+def test_a_number_is_a_name_where_classes_are_called_by_numbers():
+    limits = model_of(class_names=("10", "30", "1"))
+    assert [label_of(name, limits) for name in ("10", "1", 1)] == [0, 2, 1]
+    with pytest.raises(InputError, match="unknown label '0'"):
+        label_of("0", limits)
+    assert [label_of(str(digit), model_of(10, class_names=tuple("0123456789"))) for digit in range(10)] == list(
+        range(10)
+    )
+
+
 # foolbox's samples
 
 
@@ -468,6 +492,40 @@ def test_samples_suit_the_model(spec, model, first):
     assert (samples[0].id, samples[0].y) == first
     assert len(samples) == data.size == 20
     assert data.class_names is not None and len(data.class_names) == model.num_classes
+
+
+SHUFFLED = ("truck", "ship", "horse", "frog", "dog", "deer", "cat", "bird", "car", "plane")
+
+
+@pytest.mark.parametrize(
+    ("names", "channels", "first"),
+    [
+        (SHUFFLED, 3, ("cifar10_00_3.png", 6)),
+        (("plane", "car", *CIFAR10[2:]), 3, ("cifar10_00_3.png", 3)),
+        (("airplane", "x", "bird", "y", *CIFAR10[4:]), 3, ("cifar10_00_3.png", 3)),
+        (("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"), 1, ("mnist_00_7.png", 7)),
+        (tuple("9876543210"), 1, ("mnist_00_7.png", 2)),
+        (tuple(name.lower() for name in FASHION_MNIST), 1, ("fashionMNIST_00_9.png", 9)),
+    ],
+)
+def test_samples_are_those_of_the_models_class_names(names, channels, first):
+    data = load_data("samples", model_of(10, (channels, 32, 32), class_names=names, preprocess=Preprocess(32, 32)))
+    assert (next(iter(data)).id, next(iter(data)).y) == first
+    assert data.class_names == names
+
+
+@pytest.mark.parametrize(
+    ("spec", "names", "reason"),
+    [
+        ("samples", ("tench", "church", *"abcdefgh"), "no samples are of the classes of net: name data with --data"),
+        ("samples:cifar10", ("tench", "church", *"abcdefgh"),
+         "the classes of the cifar10 samples are not those of net, which has none, or several, called cat, ship, "
+         r"airplane, frog, \.\.\., but tench, church, a, b, \.\.\.: give data of its classes"),
+        ("samples:cifar10", (*"abcdefgh", "cat", "cat"), "several, called cat, ship"),
+    ],
+)  # fmt: skip
+def test_samples_of_other_classes_are_refused(spec, names, reason):
+    check_refused(spec, model_of(10, (3, 32, 32), class_names=names), reason)
 
 
 def test_samples_are_resized_to_the_models_input_and_not_cropped():
@@ -506,6 +564,10 @@ def test_samples_that_do_not_suit_are_refused(spec, model, reason):
 # torchvision's sets, in its own formats on disk
 
 
+IMAGENETTE = ("n01440764", "n02102040", "n02979186", "n03000684", "n03028079",
+              "n03394916", "n03417042", "n03425413", "n03445777", "n03888257")  # fmt: skip
+
+
 @pytest.fixture
 def integrity_unchecked(monkeypatch):
     """The files written here are not those whose MD5 torchvision knows."""
@@ -528,6 +590,19 @@ def test_cifar10_of_torchvision(tmp_path, integrity_unchecked):
     assert samples[2].sha256 == hashlib.sha256(x[2].transpose(1, 2, 0).tobytes()).hexdigest()
 
 
+def test_torchvision_sets_are_labelled_by_the_models_class_names(tmp_path):
+    jpeg = image_bytes(pattern(40, 60), "JPEG")
+    root = write_tree(tmp_path, {f"imagenette2/val/{wnid}/1.JPEG": jpeg for wnid in IMAGENETTE})
+    names = ("tench", "English springer", "cassette player", "chain saw", "church",
+             "French horn", "garbage truck", "gas pump", "golf ball", "parachute")  # fmt: skip
+    model = model_of(10, (3, 32, 32), preprocess=Preprocess(36, 32))
+    for order in (list(range(10)), list(range(9, -1, -1))):
+        named = replace(model, class_names=tuple(names[label] for label in order))
+        assert list(labels(load_data("imagenette", named, data_root=root)).values()) == order
+    check_refused("imagenette", replace(model, class_names=CIFAR10), "the classes of Imagenette are not those of net",
+                  data_root=root)  # fmt: skip
+
+
 def test_mnist_of_torchvision(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (4, 28, 28), np.uint8)
     raw = tmp_path / "MNIST" / "raw"
@@ -544,16 +619,14 @@ def test_mnist_of_torchvision(tmp_path):
 
 def test_files_of_torchvision_are_decoded_here(tmp_path):
     """Imagenette's layout; a file that torchvision's loader would convert in silence is refused."""
-    wnids = ("n01440764", "n02102040", "n02979186", "n03000684", "n03028079",
-             "n03394916", "n03417042", "n03425413", "n03445777", "n03888257")  # fmt: skip
     jpeg = image_bytes(pattern(40, 60), "JPEG")
     cmyk = image_bytes(pattern(40, 60, 4), "PNG")
-    root = write_tree(tmp_path, {f"imagenette2/val/{wnid}/1.JPEG": jpeg for wnid in wnids})
+    root = write_tree(tmp_path, {f"imagenette2/val/{wnid}/1.JPEG": jpeg for wnid in IMAGENETTE})
     data = load_data("imagenette", model_of(10, (3, 32, 32), preprocess=Preprocess(36, 32)), data_root=root)
-    assert labels(data) == {f"imagenette2/val/{wnid}/1.JPEG": label for label, wnid in enumerate(wnids)}
+    assert labels(data) == {f"imagenette2/val/{wnid}/1.JPEG": label for label, wnid in enumerate(IMAGENETTE)}
     assert data.class_names is not None and data.class_names[0] == "tench, Tinca tinca"
     assert next(iter(data)).sha256 == hashlib.sha256(jpeg).hexdigest()
-    (root / "imagenette2/val" / wnids[0] / "1.JPEG").write_bytes(cmyk)
+    (root / "imagenette2/val" / IMAGENETTE[0] / "1.JPEG").write_bytes(cmyk)
     with pytest.raises(InputError, match=r"n01440764/1\.JPEG has transparent pixels"):
         list(data)
 

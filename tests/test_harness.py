@@ -600,6 +600,13 @@ def test_a_run_does_not_resume_on_other_code_with_the_same_weights(data, tmp_pat
     assert robust.run(Shifted(0.0), **arguments, resume=True).samples.equals(first.samples)
 
 
+def test_a_run_does_not_resume_with_another_class_of_the_targets_name(model, data, tmp_path):
+    options = {"attacks": ["pgd"], "eps": 0.02, "steps": 2, "target": "cat", "output": tmp_path}
+    robust.run(model, data, class_names=["dog", "cat", *"abc"], **options)
+    with pytest.raises(InputError, match=r"differs in target index \(1 there, 0 here\)"):
+        robust.run(model, data, class_names=["cat", "dog", *"abc"], resume=True, **options)
+
+
 def test_a_run_does_not_resume_with_another_surrogate_of_the_same_weights(model, data, tmp_path):
     arguments = {"data": data, "attacks": ["transfer"], "eps": [0.02], "output": tmp_path / "run"}
     robust.run(model, surrogate=Shifted(0.0), **arguments)
@@ -835,6 +842,15 @@ def test_wrong_labels_show_on_the_clean_images(model, data):
     x, y = data
     run = robust.run(model, (x, (y + 1) % 5), attacks=["fgsm"], eps=[0.02])
     assert level(run, "clean accuracy") == "fail"
+
+
+@pytest.mark.parametrize(("right", "said"), [(12, "fail"), (13, "warn"), (18, "warn"), (20, "pass")])
+def test_what_may_be_guessing_is_not_passed(right, said):
+    """Of 60 images on 5 classes, where 12 are right by chance."""
+    model = Outputs(lambda x: torch.eye(5)[torch.zeros(len(x), dtype=torch.long)] + x.sum((1, 2, 3))[:, None] * 1e-3)
+    y = torch.tensor([0] * right + [1] * (60 - right))
+    run = robust.run(model, (images(60), y), attacks=["noise"], eps=0.01)
+    assert level(run, "clean accuracy") == said
 
 
 # Real networks

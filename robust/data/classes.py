@@ -20,3 +20,11 @@ MNIST = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
 FASHION_MNIST = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
+
+# What people call them besides.
+ALSO = {
+    "airplane": ("plane",), "automobile": ("car",), "T-shirt/top": ("t-shirt",),
+    "0": ("zero", "0 - zero"), "1": ("one", "1 - one"), "2": ("two", "2 - two"), "3": ("three", "3 - three"),
+    "4": ("four", "4 - four"), "5": ("five", "5 - five"), "6": ("six", "6 - six"), "7": ("seven", "7 - seven"),
+    "8": ("eight", "8 - eight"), "9": ("nine", "9 - nine"),
+}  # fmt: skip

@@ -3,7 +3,9 @@
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
+from robust.data import classes
 from robust.errors import InputError, unknown
 from robust.models import imagenet
 from robust.models.model import Model
@@ -36,23 +38,64 @@ class ClassIndex:
 
     def find(self, name: str) -> list[int]:
         """Every class that the name can mean: none, one, or (an ambiguous name) several."""
+        if name in self._exact:
+            return sorted(self._exact[name])
         if name in self._wnids:
             return [self._wnids[name]]
         folded = _folded(name)
-        return sorted(self._exact.get(name) or self._folded.get(folded) or self._synonyms.get(folded) or ())
+        return sorted(self._folded.get(folded) or self._synonyms.get(folded) or ())
 
 
 def wnids_of(model: Model) -> tuple[str, ...] | None:
-    """ImageNet's WordNet ids in label order, for a model of its 1000 classes; else None."""
+    """ImageNet's WordNet ids in label order, for a model of its 1000 classes in its order; else None."""
     if model.wnids is None and model.num_classes == imagenet.NUM_CLASSES:
-        return imagenet.wnids()
+        return imagenet.wnids() if counterparts(imagenet.class_names(), model) is None else None
     return model.wnids
 
 
-def label_of(name: str, model: Model, option: str = "label") -> int:
-    """The class that a person names with --label or another option: by index, name or wnid."""
-    if name.isdecimal() and int(name) < model.num_classes:
-        return int(name)
+def set_labels(labels: Sequence[int], names: Sequence[str] | None, model: Model, where: str) -> list[int]:
+    """The model's labels for those of a published data set, whose classes `names` names in label order.
+
+    InputError for a class that occurs and that the model does not have, or has twice.
+    """
+    theirs = counterparts(names, model)
+    if names is None or theirs is None:
+        return list(labels)
+    found = {label: theirs[label] for label in labels}
+    if lost := [names[label] for label, match in found.items() if match is None]:
+        raise InputError(
+            f"the classes of {where} are not those of {model.name}, which has none, or several, called "
+            f"{_listed(lost)}, but {_listed(model.class_names or ())}: give data of its classes"
+        )
+    return [match for label in labels if (match := found[label]) is not None]
+
+
+def counterparts(names: Sequence[str] | None, model: Model) -> list[int | None] | None:
+    """The model's class for each of a published data set's, by name; None for one that it does not have, or has twice.
+
+    None altogether where the classes are the same, in the same order: where the model has no names, or most of its
+    names are the set's of the same index and it knows the others nowhere.
+    """
+    if names is None or model.class_names is None:
+        return None
+    index = ClassIndex(replace(model, wnids=()))  # by names alone
+    found = [{match for name in _called(known) for match in index.find(name)} for known in names]
+    agree = [label in matches for label, matches in enumerate(found)]
+    if 2 * sum(agree) >= len(names) and all(found[label] == set() for label, same in enumerate(agree) if not same):
+        return None
+    return [min(matches) if len(matches) == 1 else None for matches in found]
+
+
+def label_of(name: str | int, model: Model, option: str = "label") -> int:
+    """The class that a person names with --label or another option: by index, name or wnid.
+
+    Where classes are called by numbers, a number in a text is a name.
+    """
+    numbered = any(known.strip().isdecimal() for known in model.class_names or ())
+    if isinstance(name, int) or (name.isdecimal() and not numbered):
+        if 0 <= int(name) < model.num_classes:
+            return int(name)
+        name = str(name)
     matches = ClassIndex(model).find(name)
     if len(matches) > 1:
         raise InputError(f"{option} {name!r} names the classes {_listed(matches)}: give the number of one")
@@ -110,6 +153,11 @@ def _alphabetical(folders: Sequence[str], model: Model, where: str) -> tuple[lis
             "numbers: rename them with leading zeros"
         )
     return [order.index(folder) for folder in folders], tuple(order)
+
+
+def _called(name: str) -> set[str]:
+    """All that a class is called whose name may be a list of synonyms."""
+    return {name, *name.split(","), *classes.ALSO.get(name, ())}
 
 
 def _folded(name: str) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from robust.data import classes
 from robust.data.images import decode, read_file
+from robust.data.labels import counterparts, set_labels
 from robust.data.source import Request, Source
 from robust.errors import InputError, unknown
 from robust.models import imagenet
@@ -48,9 +49,13 @@ def load(request: Request) -> Source:
         raw = read_file(files[position])
         return decode(raw, str(files[position]), whole), hashlib.sha256(raw).hexdigest()
 
-    labels = [int(re.split(r"[_.]", file.name)[2]) for file in files]
-    class_names = imagenet.class_names() if name == "imagenet" else CLASS_NAMES[name]
-    return Source([file.name for file in files], labels, read, class_names)
+    theirs = [int(re.split(r"[_.]", file.name)[2]) for file in files]
+    labels = set_labels(theirs, _class_names(name), model, f"the {name} samples")
+    return Source([file.name for file in files], labels, read, model.class_names or _class_names(name))
+
+
+def _class_names(name: str) -> tuple[str, ...]:
+    return imagenet.class_names() if name == "imagenet" else CLASS_NAMES[name]
 
 
 def _resolve(name: str) -> str:
@@ -62,6 +67,16 @@ def _resolve(name: str) -> str:
 
 def _choose(model: Model) -> str:
     channels = model.input_size[0] if model.input_size else None
+    if model.class_names is not None:
+        fitting = [
+            name
+            for name, count in CLASSES.items()
+            if count == model.num_classes and None not in (counterparts(_class_names(name), model) or ())
+        ]
+        if len(fitting) == 1:
+            return fitting[0]
+        if not fitting and model.num_classes in CLASSES.values():
+            raise InputError(f"no samples are of the classes of {model.name}: name data with --data")
     match model.num_classes, channels:
         case 1000, _:
             return "imagenet"

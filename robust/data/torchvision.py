@@ -13,6 +13,7 @@ from torch import Tensor
 
 from robust.data import classes
 from robust.data.images import decode, pixels, read_file
+from robust.data.labels import set_labels
 from robust.data.source import Request, Source, row_ids
 from robust.errors import InputError
 from robust.models.model import Model
@@ -65,7 +66,7 @@ def load(request: Request) -> Source:
         )
     root = request.data_root.expanduser()
     held = _open(entry, root)
-    return _in_memory(held, entry, model) if entry.labels else _in_files(held, root, model)
+    return _in_memory(held, entry, model) if entry.labels else _in_files(held, entry, root, model)
 
 
 def _open(entry: Set, root: Path) -> Any:
@@ -89,11 +90,12 @@ def _in_memory(held: Any, entry: Set, model: Model) -> Source:
         image, _ = held[row]
         return pixels(image, f"{entry.cls}[{row}]", model), hashlib.sha256(image.tobytes()).hexdigest()
 
-    labels = [int(label) for label in getattr(held, entry.labels)]
-    return Source(row_ids(len(held)), labels, read, entry.class_names or _class_names(held))
+    names = entry.class_names or _class_names(held)
+    labels = set_labels([int(label) for label in getattr(held, entry.labels)], names, model, entry.cls)
+    return Source(row_ids(len(held)), labels, read, model.class_names or names)
 
 
-def _in_files(held: Any, root: Path, model: Model) -> Source:
+def _in_files(held: Any, entry: Set, root: Path, model: Model) -> Source:
     pairs = [held[position] for position in range(len(held))]
     paths = [Path(path) for path, _ in pairs]
 
@@ -102,7 +104,8 @@ def _in_files(held: Any, root: Path, model: Model) -> Source:
         return decode(raw, str(paths[position]), model), hashlib.sha256(raw).hexdigest()
 
     ids = [path.relative_to(root).as_posix() for path in paths]
-    return Source(ids, [int(label) for _, label in pairs], read, _class_names(held))
+    labels = set_labels([int(label) for _, label in pairs], _class_names(held), model, entry.cls)
+    return Source(ids, labels, read, model.class_names or _class_names(held))
 
 
 def _class_names(held: Any) -> tuple[str, ...] | None:
