@@ -66,7 +66,7 @@ def run(
             _keep_nearest(attack, state)
             done = state.best_distance <= enough
         else:
-            done = state.fooled
+            done = _moved(state)
             if attack.strays:
                 done = done & inside(attack.ball, state.query - state.x, state.eps)
             if draws > 1:
@@ -221,7 +221,8 @@ def _climbs(
         if attack.targets:
             x, y = torch.stack([task.x for task in batch]), torch.tensor([task.y for task in batch])
             with torch.no_grad():
-                logits = torch.stack([model(padded(x, slots))[: len(batch)] for _ in range(draws)]).mean(0)
+                drawn = [model(padded(x, slots))[: len(batch)].clone() for _ in range(draws)]
+            logits = torch.stack(drawn).mean(0)
             wrong = logits.scatter(1, y.to(logits.device)[:, None], -torch.inf).argsort(1, descending=True)
             targets = wrong[:, : min(attack.targets, logits.shape[1] - 1)].tolist()
         for task, wanted in zip(batch, targets, strict=True):
@@ -258,9 +259,17 @@ def _begin(attack: Attack, climbs: list[_Climb], eps: Sequence[float], seed: int
     return _Slots(climbs, attack.init(State(**known), noise))
 
 
+def _moved(state: State) -> Tensor:
+    """(B,) bool: who is fooled by another point than the image itself, which is no adversarial, whatever one draw of a
+    random model says of it."""
+    if not bool(state.fooled.any()):
+        return state.fooled
+    return state.fooled & (state.query != state.x).flatten(1).any(1)
+
+
 def _keep_nearest(attack: Attack, state: MinimalState) -> None:
     distance = attack.ball.distance(state.query - state.x)
-    # The image itself is no adversarial, whatever one draw of a random model says of it.
+    # As in `_moved`.
     nearer = state.fooled & (distance < state.best_distance) & (distance > 0)
     if bool(nearer.any()):
         state.best = torch.where(per_slot(nearer, state.x), state.query, state.best)
@@ -291,8 +300,8 @@ def vote(draws: Sequence[Tensor]) -> Tensor:
 def _evaluate(
     model: Callable[[Tensor], Tensor], attack: Attack, state: State, wants_grad: bool, slots: int, draws: int
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """At the queries: logits (B, K), the gradient of the attack's loss (B, C, H, W) if wanted, who is fooled (B,), and
-    the share of draws that are not (B,), for attacks within a fixed eps.
+    """At the queries: logits (B, K) in the images' precision, the gradient of the attack's loss (B, C, H, W) if wanted,
+    who is fooled (B,), and the share of draws that are not (B,), for attacks within a fixed eps.
     """
     parts = [_ask(model, attack, state, wants_grad, slots) for _ in range(draws)]
     logits, grad = parts[0]
@@ -303,7 +312,7 @@ def _evaluate(
             doubt = torch.stack([~attack.fools(drawn.argmax(1), state) for drawn, _ in parts]).float().mean(0)
         logits = torch.stack([drawn for drawn, _ in parts]).mean(0)
         grad = torch.stack([drawn for _, drawn in parts if drawn is not None]).mean(0) if wants_grad else None
-    return logits, grad, fooled, doubt
+    return logits.to(state.x.dtype), grad, fooled, doubt
 
 
 def _ask(
@@ -312,13 +321,27 @@ def _ask(
     n, query = len(state.query), padded(state.query.detach(), slots)
     if not wants_grad:
         with torch.no_grad():
-            return model(query)[:n], None
+            return model(query)[:n].clone(), None  # a model may write its next logits over these
     query.requires_grad_()
     with torch.enable_grad():
         logits = model(query)[:n]
-        (grad,) = torch.autograd.grad(attack.loss(logits, state).sum(), query)
-    grad = grad[:n]
+        grad = _gradient(logits, query, attack, state)[:n]
     if not bool(grad.sum().isfinite()):
         grad = grad.nan_to_num(0, 0, 0)  # what is no number shows no way
     # An attack may overwrite its gradient; that of a sum is one number seen many times.
-    return logits.detach(), grad.clone() if 0 in grad.stride() else grad
+    return logits.detach().clone(), grad.clone() if 0 in grad.stride() else grad
+
+
+def _gradient(logits: Tensor, query: Tensor, attack: Attack, state: State) -> Tensor:
+    """Of the attack's loss at the queries, padding included; the loss is taken in the images' precision.
+
+    Through a network in half precision each row passes scaled to 1, and is scaled back behind it: a sure classifier's
+    gradients are too small for float16.
+    """
+    if logits.dtype not in (torch.float16, torch.bfloat16):
+        return torch.autograd.grad(attack.loss(logits.to(query.dtype), state).sum(), query)[0]
+    said = logits.detach().to(query.dtype).requires_grad_()
+    (grad,) = torch.autograd.grad(attack.loss(said, state).sum(), said)
+    size = grad.abs().amax(1).clamp(min=torch.finfo(grad.dtype).tiny)
+    (through,) = torch.autograd.grad(logits, query, (grad / size[:, None]).to(logits.dtype))
+    return through[: len(size)] * per_slot(size, query)

@@ -48,7 +48,7 @@ class MIFGSM(Attack):
         return -loss if self.targeted else loss
 
     def step(self, state: MomentumState, logits: Tensor, grad: Tensor) -> MomentumState:
-        size = grad.flatten(1).abs().sum(1).clamp_(min=1e-12)
+        size = grad.flatten(1).abs().sum(1).clamp_(min=torch.finfo(grad.dtype).tiny)
         state.momentum = (self.decay * state.momentum).add_(grad.div_(per_slot(size, grad)))
         ahead = self.ball.steepest_(state.momentum.clone()).mul_(per_slot(state.eps / self.steps, grad))
         delta = ahead.add_(state.query).sub_(state.x)

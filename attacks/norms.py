@@ -71,7 +71,7 @@ class L2(Norm):
         return direction.mul_(per_slot(radius, direction))
 
     def steepest_(self, grad: Tensor) -> Tensor:
-        return grad.div_(per_slot(self.distance(grad).clamp(min=1e-12), grad))
+        return grad.div_(per_slot(self.distance(grad).clamp(min=torch.finfo(grad.dtype).tiny), grad))
 
 
 class L1(Norm):

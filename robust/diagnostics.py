@@ -6,7 +6,7 @@ wrong: see each one's comment. `preflight` looks at the model; `review` needs on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -63,10 +63,11 @@ def preflight(model: Model, x: Tensor, logits: Tensor, draws: int = 1) -> Iterat
     """
     import torch
 
+    from robust.models.probe import apart
+
     module = model.module
-    with torch.no_grad():
-        again, elsewhere = module(x), module(torch.cat([x[:1], 1 - x[:1]]))[:1]
-    scale = float(logits.abs().max()) + 1e-12
+    with torch.no_grad():  # a module may write its next output over the last one
+        again, elsewhere = module(x).clone(), module(torch.cat([x[:1], 1 - x[:1]]))[:1]
 
     yield _check(
         "eval mode",
@@ -74,7 +75,7 @@ def preflight(model: Model, x: Tensor, logits: Tensor, draws: int = 1) -> Iterat
         "the model came in eval mode",
         "the model came in training mode; it was evaluated in eval mode, where batch-norm and dropout are fixed",
     )
-    spread = float((logits - again).abs().max()) / scale
+    spread = apart(logits, again)
     yield _check(
         "deterministic",
         spread < 1e-5 or draws > 1,
@@ -84,14 +85,14 @@ def preflight(model: Model, x: Tensor, logits: Tensor, draws: int = 1) -> Iterat
         f"two passes over the same images differ by {spread:.1e} of the largest logit: the model is randomised, "
         "and verdicts from single draws overstate the attack; use --eot 20",
     )
-    apart = float((logits[:1] - elsewhere).abs().max()) / scale
+    mixed = apart(logits[:1], elsewhere)
     yield _check(
         "rows independent",
-        apart < max(1e-3, 10 * spread),
+        mixed < max(1e-3, 10 * spread),
         "an image's logits do not depend on its batch"
         if spread < 1e-5
         else "an image's logits depend on its batch no more than on chance",
-        f"an image's logits change by {apart:.1e} of the largest with its batch; the model mixes rows "
+        f"an image's logits change by {mixed:.1e} of the largest with its batch; the model mixes rows "
         "(batch statistics?), so no verdict belongs to one image",
         level="fail",
     )
@@ -159,7 +160,7 @@ def review(store: Store) -> Iterator[Finding]:
         f"{format_images(n)}: the 95 % interval is at most {width:.0f} points wide",
         f"only {format_images(n)}: the 95 % interval is up to {width:.0f} points wide",
     )
-    yield _strength(identity["options"], set(summary.attack) - {WORST_CASE})
+    yield _strength(identity["options"], set(summary.attack) - {WORST_CASE}, details.get("attacks", []))
     for attack in details.get("attacks", []):
         for reason in attack.get("left_out", []):
             yield Finding(f"parts of {attack['name']}", "warn", f"{reason}; this is not the whole standard ensemble")
@@ -184,8 +185,13 @@ def review(store: Store) -> Iterator[Finding]:
     )
 
 
-def _strength(options: dict, attacks: set[str]) -> Finding:
+def _strength(options: dict, attacks: set[str], described: Sequence[dict]) -> Finding:
     name, steps = "attack strength", options.get("steps")
+    for attack in described:
+        taken, size = (attack["parameters"].get(option) for option in ("steps", "step_size"))
+        if attack["name"] == "pgd" and size is not None and taken * size < 1:
+            reach = f"{taken} steps of {size:g} eps reach {taken * size:g} eps"
+            return Finding(name, "warn", f"pgd's {reach}, not the edge of the ball: robust accuracy is likely lower")
     others = sorted(attacks - {"fgsm", *GRADIENT_FREE})
     if "autoattack" in others:
         return Finding(name, "pass", "autoattack is the field's standard ensemble")

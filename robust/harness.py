@@ -28,8 +28,9 @@ from robust.data.sample import Dataset, Sample
 from robust.diagnostics import CONTROL, check_keeps_input, has_input_gradient, preflight, review
 from robust.errors import InputError, unknown
 from robust.models.model import Model
+from robust.models.prepare import TOLERANCE as TWIN_TOLERANCE
 from robust.models.prepare import fast_twin, frozen
-from robust.models.probe import count_classes, describe
+from robust.models.probe import apart, count_classes, describe
 from robust.options import Options
 from robust.precision import arithmetic
 from robust.store import Clean, Picture, Result, Store
@@ -194,19 +195,38 @@ class _Verified:
 
     outcome: attacks.Outcome
     x_adv: Tensor
+    rung: int | None  # of the smallest eps that it lies within
     fooled: bool  # verified: inside the ball and the box, and the model errs (or hits the target)
     fooled_8bit: tuple[bool, ...]  # for each eps: whether a version of it in 8 bits a channel does
     pred: int
     confidence: float
+    logits: Tensor  # (K,), a random model's mean
     distances: Mapping[str, float]  # by norm
 
+    def within(self, rung: int) -> bool:
+        """Whether it fools the model within that eps."""
+        return self.fooled and self.rung is not None and self.rung <= rung
 
-@dataclass(frozen=True)
+    @property
+    def broken(self) -> bool:
+        """Whether it fools the model within some eps."""
+        return self.fooled and self.rung is not None
+
+    @property
+    def refuted(self) -> bool:
+        return self.outcome.found and not self.fooled
+
+    @property
+    def overlooked(self) -> bool:
+        return self.fooled and not self.outcome.found
+
+
+@dataclass
 class _Job:
     """What every window of a run shares."""
 
     model: Model
-    twin: nn.Module
+    twin: nn.Module  # what is attacked: the model itself, once the twin has been seen to be something else
     options: Options
     plan: Plan
     store: Store
@@ -231,6 +251,8 @@ class _Job:
                 "or use --attack noise"
             )
         twin, description = fast_twin(model.module, few)
+        if strayed := store.details.get("twin_strayed"):
+            twin, description = model.module, strayed
         store.set(twin=description, preflight=[asdict(finding) for finding in findings])
         return cls(model, twin, options, plan, store, pixels=x[0].numel())
 
@@ -246,7 +268,7 @@ class _Job:
         for name, logits in said.items():
             before = torch.tensor(stored[name])
             # A network that is random in a way that no seed governs never says the same.
-            if not _alike(logits, before) and _alike(logits, self._say(x[:2])[name]):
+            if apart(before, logits) > SAME >= apart(self._say(x[:2])[name], logits):
                 raise InputError(
                     f"the {name} has changed since the run began: its weights are the same, but not what it says of "
                     "the first images; start anew with another --output"
@@ -285,7 +307,7 @@ class _Job:
                     f"label {sample.y} of {sample.id} is none of the model's {self.model.num_classes} classes"
                 )
         _seed(self.options.seed, start, "clean")
-        pred, confidence = self._predict(x)
+        pred, confidence, _ = self._predict(x)
         rows = [
             Clean(start + k, sample.id, sample.sha256, sample.y, int(pred[k]), float(confidence[k]))
             for k, sample in enumerate(window)
@@ -315,21 +337,28 @@ class _Job:
         }
         # First those of which the model is surest: they take longest, and so the batch stays full to the end.
         surest = sorted(right, key=lambda row: row.clean_confidence, reverse=True)
-        claims = self._run(self.twin, attack, [tasks[row.position] for row in surest], listener)
+        queue = [tasks[row.position] for row in surest]
+        claims = self._run(self.twin, attack, queue, listener)
         verified = self._verify(attack, claims, tasks)
-        overlooked = sum(not v.outcome.found and v.fooled for v in verified)
+        if reason := self._strays(verified):
+            self.twin = self.model.module
+            self.store.set(twin=reason, twin_strayed=reason)
+            verified = self._verify(attack, self._run(self.twin, attack, queue), tasks)
         by_position = {v.outcome.position: v for v in verified}
-        refuted = [v.outcome for v in verified if _refuted(v)]
-        again = [(claim, 0) for claim in refuted]
+        refuted, overlooked = [v.outcome for v in verified if v.refuted], [v.outcome for v in verified if v.overlooked]
+        # What the twin overlooked at one eps it may have overlooked at smaller ones.
+        again = [(claim, 0) for claim in refuted + (overlooked if self.twin is not self.model.module else [])]
         while again:
             begun = [replace(tasks[claim.position], first=first) for claim, first in again]
             new = self._run(self.model.module, attack, begun)
             counted = [_with_counts(late, early) for late, (early, _) in zip(new, again, strict=True)]
             begun_on = {task.position: task.first for task in begun}
             anew = self._verify(attack, counted, tasks)
-            by_position |= {v.outcome.position: v for v in anew}
+            by_position |= {
+                v.outcome.position: v for v in anew if v.fooled or not by_position[v.outcome.position].fooled
+            }
             # What a random model refutes even then is attacked at the larger eps, if there are any.
-            still = [v.outcome for v in anew if _refuted(v) and v.outcome.rung is not None]
+            still = [v.outcome for v in anew if v.refuted and v.outcome.rung is not None]
             again = [(claim, max(claim.rung or 0, begun_on[claim.position]) + 1) for claim in still]
             again = [(claim, first) for claim, first in again if first < len(self.options.eps)]
         verified = [by_position[row.position] for row in right]
@@ -350,17 +379,33 @@ class _Job:
             adversarials=[
                 (v.outcome.position, tasks[v.outcome.position].x.cpu().numpy(), v.x_adv.cpu().numpy())
                 for v in verified
-                if self._broken(v) and self.options.save_adversarials
+                if v.broken and self.options.save_adversarials
             ],
             nearest=[
                 (v.outcome.position, v.distances[self.options.norm])
                 for v in verified
                 if v.fooled and _is_minimal(attack)
             ],
-            components=_components(attack, [v for v in verified if self._broken(v)]),
+            components=_components(attack, [v for v in verified if v.broken]),
             refuted=len(refuted),
-            overlooked=overlooked,
+            overlooked=len(overlooked),
         )
+
+    def _strays(self, verified: Sequence[_Verified]) -> str:
+        """Why the twin is not the model at points where samples stand, to which nobody else holds it; or ''.
+
+        It agreed on the first images. Others may take another way through a network.
+        """
+        standing = [v for v in verified if not v.outcome.found]
+        if self.twin is self.model.module or not standing:
+            return ""
+        x_adv, rows = torch.stack([v.x_adv for v in standing]), self.options.batch_size
+        with torch.no_grad():
+            said = [self.twin(padded(part, rows))[: len(part)].clone() for part in x_adv.split(rows)]
+        off = apart(torch.stack([v.logits for v in standing]), torch.cat(said))
+        if off <= TWIN_TOLERANCE:
+            return ""
+        return f"the model itself: under attack, a copy's logits were off by {off:.2g} of the largest"
 
     def _run(
         self,
@@ -390,7 +435,7 @@ class _Job:
         y = torch.tensor([tasks[claim.position].y for claim in claims], device=x.device)
         x_adv = torch.stack([claim.x_adv for claim in claims])
         try:
-            pred, confidence = self._predict(x_adv)
+            pred, confidence, logits = self._predict(x_adv)
         except InputError as error:
             raise InputError(f"at a point that {attack.name} found, {error}") from error
         if _is_minimal(attack):
@@ -402,7 +447,7 @@ class _Job:
                 if len(rows) == 0:
                     break
                 pushed = (x[rows] + factor * (nearest[rows] - x[rows])).clamp_(0, 1)
-                pred[rows], confidence[rows] = self._predict(pushed)
+                pred[rows], confidence[rows], logits[rows] = self._predict(pushed)
                 x_adv[rows] = pushed
             claims = [replace(claim, rung=None) if claim.found else claim for claim in claims]
         delta = x_adv.double() - x.double()
@@ -420,13 +465,18 @@ class _Job:
             if isinstance(attack, attacks.FoolboxAttack):
                 raise attacks.AttackFailed(message)
             raise RuntimeError(f"{message}; this is a bug")
-        fooled = self._fools(pred, y) & inside
-        fooled_8bit = self._survive_8bit(x, y, x_adv, distance, fooled)
+        # The image itself is no adversarial, whatever a random model says of it this time.
+        fooled = self._fools(pred, y) & inside & (distance > 0)
+        # What is projected onto eps may be rounded beyond it; where the search is for the distance itself, that counts.
+        rounding = 0 if _is_minimal(attack) else self.pixels
+        rungs = sum(~within(distance, eps, self.options.norm, rounding) for eps in self.options.eps)
+        fooled_8bit = self._survive_8bit(x, y, x_adv, rungs, fooled)
+        reached = [rung if rung < len(self.options.eps) else None for rung in rungs.tolist()]
         sizes = {norm: values.tolist() for norm, values in distances.items()}
         return [
             _Verified(
-                claim, x_adv[k], bool(fooled[k]), tuple(fooled_8bit[k].tolist()), int(pred[k]), float(confidence[k]),
-                {norm: values[k] for norm, values in sizes.items()},
+                claim, x_adv[k], reached[k], bool(fooled[k]), tuple(fooled_8bit[k].tolist()), int(pred[k]),
+                float(confidence[k]), logits[k], {norm: values[k] for norm, values in sizes.items()},
             )
             for k, claim in enumerate(claims)
         ]  # fmt: skip
@@ -437,15 +487,17 @@ class _Job:
             return math.inf if claim.found else self.options.eps[-1]
         return self.options.eps[claim.rung]
 
-    def _survive_8bit(self, x: Tensor, y: Tensor, x_adv: Tensor, distance: Tensor, fooled: Tensor) -> Tensor:
+    def _survive_8bit(self, x: Tensor, y: Tensor, x_adv: Tensor, first: Tensor, fooled: Tensor) -> Tensor:
         """(N, len(eps)) bool: whether an 8-bit image within eps, made from the adversarial, fools the model.
+
+        first: (N,), the smallest eps that the adversarial lies within.
 
         At the eps where the adversarial was found it is that image rounded; at a larger eps, as long as no
         smaller one has survived, the same perturbation scaled up to that eps and rounded.
         """
         eps = self.options.eps
         survives = torch.zeros(len(x), len(eps), dtype=torch.bool)
-        first = torch.stack([~self._within(distance.cpu(), radius) for radius in eps]).sum(0)
+        first = first.cpu()
         for k, radius in enumerate(eps):
             if k:
                 survives[:, k] = survives[:, k - 1]
@@ -458,13 +510,10 @@ class _Job:
             scale = torch.tensor([radius / eps[int(first[row])] if grows else 1.0 for row in rows], device=x.device)
             scaled = x[there] + per_slot(scale, x) * (x_adv[there] - x[there])
             rounded = round_to_8bit(x[there], scaled.clamp_(0, 1), radius, self.options.norm)
-            pred, _ = self._predict(rounded)
+            pred, _, _ = self._predict(rounded)
             inside = self._within(NORMS[self.options.norm].distance(rounded - x[there]), radius)
             survives[rows, k] = (self._fools(pred, y[there]) & inside).cpu()
         return survives
-
-    def _broken(self, verified: _Verified) -> bool:
-        return verified.fooled and self._within(verified.distances[self.options.norm], self.options.eps[-1])
 
     def _within(self, distance: Any, eps: Any) -> Any:
         return within(distance, eps, self.options.norm, self.pixels)
@@ -472,12 +521,13 @@ class _Job:
     def _fools(self, pred: Tensor, y: Tensor) -> Tensor:
         return pred != y if self.plan.target is None else pred == y
 
-    def _predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N,) predictions of the model itself and their softmax confidences."""
+    def _predict(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N,) predictions of the model itself, their softmax confidences, and (N, K) logits, a random one's mean."""
         draws = [self._ask(x) for _ in range(self.options.draws)]
         # Confidences may tie at 1.0 in float32 where logits do not.
         pred = vote(draws)
-        return pred, torch.stack([logits.softmax(1) for logits in draws]).mean(0).gather(1, pred[:, None]).squeeze(1)
+        confidence = torch.stack([logits.softmax(1) for logits in draws]).mean(0).gather(1, pred[:, None]).squeeze(1)
+        return pred, confidence, torch.stack(draws).mean(0)
 
     def _ask(self, x: Tensor) -> Tensor:
         module, rows = self.model.module, self.options.batch_size
@@ -491,8 +541,7 @@ class _Job:
 
     def _results(self, row: Clean, attack: str, verified: _Verified | None) -> Iterator[Result]:
         for k, eps in enumerate(self.options.eps):
-            reached = verified is not None and self._within(verified.distances[self.options.norm], eps)
-            found = verified if reached and verified and verified.fooled else None
+            found = verified if verified and verified.within(k) else None
             yield Result(
                 position=row.position,
                 attack=attack,
@@ -513,8 +562,7 @@ class _Job:
     def _pictures(self, row: Clean, attack: str, verified: _Verified, x: Tensor) -> Iterator[Picture]:
         chance = sample_key(row.sample_id) / 2**64  # a rank drawn for the sample, whatever its company
         eps, distance = self.options.eps, verified.distances[self.options.norm]
-        broken = self._broken(verified)
-        if broken:
+        if verified.broken:
             roles = {"smallest": verified.distances["l2"], "typical": chance, "confident": -verified.confidence}
         else:
             # One that broke beyond every eps shows neither a success nor an image that withstands.
@@ -525,7 +573,7 @@ class _Job:
                 rank=rank,
                 position=row.position,
                 attack=attack,
-                eps=next((e for e in eps if self._within(distance, e)), eps[-1]) if broken else eps[-1],
+                eps=eps[-1] if verified.rung is None or not verified.fooled else eps[verified.rung],
                 adv_pred=verified.pred,
                 adv_confidence=verified.confidence,
                 distance=distance,
@@ -556,10 +604,6 @@ def within(distance: Any, eps: Any, norm: str, pixels: int) -> Any:
         return distance <= eps
     rounding = HALF_ULP * {"linf": 1, "l2": math.sqrt(pixels), "l1": pixels}[norm]
     return distance <= eps * (1 + TOLERANCE) + TOLERANCE + rounding
-
-
-def _refuted(verified: _Verified) -> bool:
-    return verified.outcome.found and not verified.fooled
 
 
 def _is_minimal(attack: attacks.AnyAttack) -> bool:
@@ -607,12 +651,8 @@ def _logits(module: nn.Module, x: Tensor, num_classes: int, name: str = "model")
         raise InputError(
             f"the {name}'s output holds NaN or infinity; check its weights and the normalisation inside it"
         )
-    # Half the digits may tie where all do not.
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _alike(logits: Tensor, before: Tensor) -> bool:
-    return bool((logits - before).abs().max() <= SAME * before.abs().max())
+    # Half the digits may tie where all do not. A copy, as a module may write its next output over this one.
+    return logits.to(logits.dtype if logits.dtype == torch.float64 else torch.float32, copy=True)
 
 
 def _seed(seed: int, start: int, what: str) -> None:

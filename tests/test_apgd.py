@@ -365,11 +365,12 @@ def test_every_attack_begins_on_the_rung_of_the_task(name):
 
 def test_an_ensemble_is_done_with_a_sample_that_breaks_at_the_rung_it_began_on():
     """The harness begins there what a random model refuted at the smaller eps; nobody asks about those again."""
-    always = lambda x: torch.tensor([0.0, 1.0]) + 0 * x.flatten(1).sum(1, keepdim=True)  # noqa: E731
+    lean = torch.tensor([1e-6, -1e-6])  # so that a step moves
+    always = lambda x: torch.tensor([0.0, 1.0]) + lean * x.flatten(1).sum(1, keepdim=True)  # noqa: E731
     stages = (FGSM(norm="linf"), UniformNoise(norm="linf"))
     ensemble = autoattack.Ensemble(name="both", norm="linf", stages=stages)
     first, second = tasks(images(2), torch.zeros(2, dtype=int))
     begun = [replace(first, first=1), replace(second, first=2)]
     outcomes = sorted(ensemble.run(always, begun, [0.1, 0.2, 0.3], slots=4, seed=0), key=lambda o: o.position)
     assert [(o.rung, o.component) for o in outcomes] == [(1, "fgsm"), (2, "fgsm")]
-    assert [o.forwards for o in outcomes] == [(0, 1, 0), (0, 0, 1)]
+    assert [o.forwards for o in outcomes] == [(0, 2, 0), (0, 0, 2)]

@@ -249,6 +249,16 @@ def test_steepest_step_reaches_the_dual_norm(norm, seed):
     assert not NORMS[norm].steepest_(torch.zeros(1, 1, 2, 2)).any()
 
 
+@pytest.mark.parametrize("size", [1e-37, 1e-20, 1, 1e15])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_a_steepest_step_has_its_size_whatever_the_gradients(norm, size):
+    """Those of a sure classifier are small; ones that float32 holds are no reason to stand still."""
+    grad = torch.zeros(1, 1, 2, 2).index_fill_(3, torch.tensor([1]), size)
+    for row in (NORMS[norm].steepest_(grad), NORMS[norm].steepest_(torch.zeros_like(grad))):
+        assert float(NORMS[norm].distance(row)) == pytest.approx(float(row.any()))
+    assert grad.any()
+
+
 def test_random_points_are_uniform_in_the_ball():
     n, eps = 4000, 0.7
     radius = torch.full((n,), eps)

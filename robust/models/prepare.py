@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from robust.conv.frozen import fold
 from robust.models.frozen_linear import FrozenLinear
-from robust.models.probe import describe
+from robust.models.probe import apart, describe
 from robust.models.thin_conv import ThinConv2d
 
 ALIKE = 0.95  # the least cosine between the input gradients of a twin and its module
-TOLERANCE = 5e-3  # of a twin's logits, relative to the largest; a wrong fold is off by about 1, TF32 by 1e-3
+TOLERANCE = 5e-3  # of a twin's logits, as a share of the largest; a wrong fold is off by about 1, TF32 by 1e-3
 
 
 @contextmanager
@@ -110,9 +110,9 @@ def difference(twin: nn.Module, module: nn.Module, x: Tensor) -> str | None:
         query = x.detach().clone().requires_grad_()
         logits = twin(query)
         gradient = _gradient(logits, query)
-    error, largest = (logits.detach() - expected).abs().max(), expected.abs().max()
-    if not error <= TOLERANCE * largest:  # NaN is no agreement either
-        return f"a copy's logits are off by {error:.3g}, where the largest is {largest:.3g}"
+    off = apart(expected, logits.detach())
+    if not off <= TOLERANCE:  # NaN is no agreement either
+        return f"a copy's logits are off by {off:.2g} of the largest"
     if not torch.equal(logits.argmax(dim=1), expected.argmax(dim=1)):
         return "a copy classifies some images differently"
     if not gradient.isfinite().all():
@@ -142,7 +142,8 @@ def _has_hooks(module: nn.Module) -> bool:
 def _fold_batch_norms(module: nn.Module, x: Tensor) -> int:
     """Fold, in place, every batch-norm that alone reads the output of a convolution; how many there were.
 
-    Who reads what is seen in the autograd graph of one forward pass, so the module may be any Python code.
+    Who reads what is seen in the autograd graph of one forward pass, so the module may be any Python code. None is
+    folded where that pass left some of these layers out: other images may take another way through them.
     Types are compared exactly: a subclass of Conv2d may change its weights before it uses them.
     """
     convolutions, norms = _foldable_types()
@@ -159,12 +160,14 @@ def _fold_batch_norms(module: nn.Module, x: Tensor) -> int:
         calls[norm] += 1
 
     parts = list(module.named_modules())
-    handles = [part.register_forward_hook(watch_convolution) for _, part in parts if type(part) in convolutions]
-    handles += [part.register_forward_hook(watch_norm) for _, part in parts if type(part) in norms]
+    watched = [part for _, part in parts if type(part) in (*convolutions, *norms)]
+    handles = [part.register_forward_hook(watch_norm if type(part) in norms else watch_convolution) for part in watched]
     with torch.enable_grad():
         readers = _readers(module(x.detach().clone().requires_grad_()))
     for handle in handles:
         handle.remove()
+    if len(calls) < len(watched):
+        return 0
 
     folded = 0
     for name, norm in parts:

@@ -13,6 +13,8 @@ CIFAR: Size = (3, 32, 32)
 MNIST: Size = (1, 28, 28)
 IMAGENET: Size = (3, 224, 224)
 
+FLAT = 50.0  # e^-50 of the likeliest class is nothing
+
 
 def count_classes(module: nn.Module, size: Size) -> int:
     """The number of classes of `module`, which is in eval mode, on (2, *size) pixels.
@@ -89,6 +91,17 @@ def describe(error: BaseException) -> str:
     """An exception as one short line: its type and the first line of its message."""
     message = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {message[:200]}" if message else type(error).__name__
+
+
+def apart(logits: Tensor, others: Tensor) -> float:
+    """How far two outputs (N, K) for the same images lie from each other, as a share of the largest logit.
+
+    Each row is taken from its largest value, down to FLAT below that: a softmax sees no more, and beside a class that
+    is masked by -1e9 any difference would be a small share.
+    """
+    a, b = ((rows - rows.amax(1, keepdim=True)).clamp(min=-FLAT) for rows in (logits.float(), others.float()))
+    largest = a.where(a > -FLAT, 0).abs().max().clamp(min=1e-12)
+    return float((a - b).abs().max() / largest)
 
 
 def _fault(logits: object) -> str | None:
