@@ -39,8 +39,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
 
 def write_reason(reason: str, path: Path) -> None:
     """Why there is no comparison; not passed."""
-    answer = f"cannot be compared: {reason}"
-    _write({"schema_version": SCHEMA_VERSION, "passed": False, "answer": answer, "error": reason}, path)
+    _write({"schema_version": SCHEMA_VERSION, "passed": False, "answer": reason, "error": reason}, path)
 
 
 def _write(report: dict[str, Any], path: Path) -> None:

@@ -1,10 +1,11 @@
 """Robust accuracy against eps, as SVG: one for papers, and two for the HTML (wide and narrow screens)."""
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -93,14 +94,16 @@ def _svg(summary: pd.DataFrame, distances: Nearest, layout: Layout, fonttype: st
 def _draw(summary: pd.DataFrame, distances: Nearest, layout: Layout) -> Figure:
     figure = Figure(figsize=(layout.width / 72, _height(summary, layout) / 72), layout="constrained")
     axes = figure.subplots()
+    exact = {attack: _steps(summary[summary.attack == attack], found) for attack, found in distances.items()}
     for attack, style in _styles(summary):
         eps, accuracy, low, high = _points(summary[summary.attack == attack])
         # Nothing is clipped: a marker at 0 % or 100 % is drawn whole, and no clip path needs a url().
         axes.fill_between(eps, low, high, color=style["color"], alpha=0.08, linewidth=0, clip_on=False)
-        if attack in distances:
-            exact = _steps(summary[summary.attack == attack], distances[attack])
-            axes.step(*exact, where="post", color=style["color"], linewidth=style["linewidth"])
+        if attack in exact:
+            axes.step(*exact[attack], where="post", color=style["color"], linewidth=style["linewidth"])
             style |= {"linestyle": "none"}
+        elif attack == WORST_CASE:
+            eps, accuracy = _beneath(eps, accuracy, list(exact.values()))
         axes.plot(eps, accuracy, label=attack_label(attack), clip_on=False, **style)
     ticks = _ticks(sorted(summary.eps.unique()), layout.ticks)
     norm = str(summary.norm.iloc[0])
@@ -170,6 +173,18 @@ def _steps(rows: pd.DataFrame, distances: np.ndarray) -> tuple[np.ndarray, np.nd
     reached = distances[distances <= largest]
     left = clean - np.arange(len(reached) + 1) / n
     return np.concatenate([[0.0], reached, [largest]]), 100 * np.append(left, left[-1])
+
+
+def _beneath(eps: np.ndarray, accuracy: np.ndarray, steps: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[Any, Any]:
+    """The line through (eps, accuracy), lowered where it runs above a curve that is known between these eps too."""
+    at = np.unique(np.concatenate([eps, *(radii for radii, _ in steps)]))
+    at = np.repeat(at, 2)  # just before each step, and after it
+    line = np.interp(at, eps, accuracy)
+    for radii, left in steps:
+        before = left[np.maximum(np.searchsorted(radii, at[::2], "left") - 1, 0)]
+        after = left[np.searchsorted(radii, at[1::2], "right") - 1]
+        line = np.minimum(line, np.stack([before, after], axis=1).ravel())
+    return at, line
 
 
 def _ticks(eps: list[float], most: int) -> list[float]:

@@ -153,7 +153,7 @@ def review(store: Store) -> Iterator[Finding]:
     else:
         level, said = "pass", f"is above {chance}"
     yield Finding("clean accuracy", level, f"{format_percent(clean)} on clean images {said}")
-    width = 100 * float((worst.ci_high - worst.ci_low).max())
+    width = 100 * float((summary.ci_high - summary.ci_low).max())
     yield _check(
         "sample size",
         n >= FEW_SAMPLES,

@@ -16,5 +16,9 @@ def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> Input
     known = list(known)
     by_folded = {candidate.lower(): candidate for candidate in known}
     near = [by_folded[match] for match in get_close_matches(name.lower(), by_folded, n=3, cutoff=0.5)]
-    suggestion = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known[:12])}"
+    suggestion = (
+        f"; did you mean {' or '.join(near)}?"
+        if near
+        else f"; known: {', '.join(known[:12])}{', ...' * (len(known) > 12)}"
+    )
     return InputError(f"unknown {kind} {name!r}{suggestion}{' ' + hint if hint else ''}")

@@ -149,11 +149,13 @@ def evaluate(
     if resume and output is None:
         raise InputError("--resume needs the --output of the run to continue")
     # Late, so that --help does not wait for pandas and torch.
-    from robust.store import FILENAME, require_no_run
+    from robust.store import FILENAME, holds_run, require_no_run
 
     output = output or Path("runs") / f"{cli.slug(model)}-{datetime.now():%Y%m%d-%H%M%S}"
     if not resume:
         require_no_run(output / FILENAME)
+    elif not quiet and not holds_run(output / FILENAME):
+        print(f"There is no run in {output} to resume: a new one begins.")
 
     from reports import write_reports
     from reports.terminal import plain_lines, summary_table

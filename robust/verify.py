@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from robust import cli
 from robust.errors import InputError
+from robust.files import check_writable
 from robust.options import parse_number
 
 _DATA, _GATES, _RUN = cli.DATA, "What is measured", "Run"
@@ -89,6 +90,10 @@ def verify(
         raise InputError(f"{output} is a file; name a folder with --output")
     if (output / "verify.json").exists():
         raise InputError(f"{output} holds a verification already; name another --output")
+    try:
+        check_writable(output / "verify.json")
+    except OSError as error:
+        raise InputError(f"nothing can be written to {output} ({error.strerror}); name another --output") from None
 
     # Late, so that --help does not wait for torch.
     from reports.verify import write_verification

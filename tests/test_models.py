@@ -687,7 +687,7 @@ def test_weights_for_a_factory(tmp_path: Path, write: Write) -> None:
     [
         ("def made(): return Net()", "unknown function in .*net.py 'make'; did you mean made"),
         ("def make(): 1 / 0", "net.py:make raised ZeroDivisionError: division by zero"),
-        ("def make(): raise ValueError('two\\nlines')", "raised ValueError: two$"),
+        ("def make(): raise ValueError('two\\nlines')", "raised ValueError: two lines$"),
         ("def make(): raise SystemExit(3)", "raised SystemExit: 3"),
         ("def make(size): return Net()", "raised TypeError: make.. missing 1 required positional argument: 'size'"),
         ("def make(): return 3", "returned a int; it must return a torch.nn.Module"),

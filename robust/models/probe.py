@@ -88,9 +88,11 @@ def find_input_size(module: nn.Module) -> tuple[Size | None, int]:
 
 
 def describe(error: BaseException) -> str:
-    """An exception as one short line: its type and the first line of its message."""
-    message = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {message[:200]}" if message else type(error).__name__
+    """An exception as one short line: its type and the beginning of its message."""
+    message = " ".join(str(error).split())
+    if len(message) > 300:
+        message = f"{message[:300]} ..."
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def apart(logits: Tensor, others: Tensor) -> float:

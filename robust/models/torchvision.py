@@ -13,6 +13,8 @@ from robust.models.download import from_torch_hub
 from robust.models.imagenet import classifier
 from robust.models.model import Model, Preprocess
 
+TRANSFORMING = ("googlenet", "inception_v3")  # ImageNet's mean and std to [-1, 1], with transform_input=True
+
 
 def names() -> list[str]:
     return torchvision.models.list_models(module=torchvision.models)
@@ -39,9 +41,11 @@ def load(name: str, weights: Path | None, input_size: int | None) -> Model:
     state = _renamed(arch, read_state_dict(path))
     net = build_with(lambda num_classes: _build(arch, entry, num_classes), state, path)
     transform = entry.transforms()
+    # A checkpoint does not say whether it was trained so.
+    assumed = ", inputs in [-1, 1] as for the published ones" if weights and arch in TRANSFORMING else ""
     return classifier(
         name,
-        f"torchvision {arch}, weights {weights or entry.name}",
+        f"torchvision {arch}, weights {weights or entry.name}{assumed}",
         net,
         transform.mean,
         transform.std,
@@ -53,7 +57,7 @@ def load(name: str, weights: Path | None, input_size: int | None) -> Model:
 def _build(arch: str, entry: Any, num_classes: int | None) -> nn.Module:
     """The network, untrained, as torchvision shapes it for these weights."""
     options: dict[str, Any] = {"num_classes": num_classes or len(entry.meta["categories"])}
-    if arch in ("googlenet", "inception_v3"):
+    if arch in TRANSFORMING:
         # Their weights want inputs in [-1, 1]; their auxiliary heads serve training only.
         options |= {"transform_input": True, "aux_logits": False, "init_weights": False}
     if arch.startswith("vit_"):
@@ -64,7 +68,7 @@ def _build(arch: str, entry: Any, num_classes: int | None) -> nn.Module:
 def _renamed(arch: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The published state dict in the names of today's classes: DenseNet's old ones, no auxiliary heads."""
     for name in list(state):
-        if arch in ("googlenet", "inception_v3") and name.startswith(("aux1.", "aux2.", "AuxLogits.")):
+        if arch in TRANSFORMING and name.startswith(("aux1.", "aux2.", "AuxLogits.")):
             del state[name]
         elif arch.startswith("densenet"):
             today = re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", name)
