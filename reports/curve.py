@@ -56,8 +56,15 @@ def write_curve(store: Store, folder: Path) -> None:
 
 
 def nearest(store: Store) -> Nearest:
-    """Of each attack on the least distance, the distances at which it broke images, rising."""
+    """Of each attack on the least distance, the distances at which it broke images, rising.
+
+    Where several such attacks ran and no other, those of the worst case too: image by image, the least of all.
+    """
     found = {attack: store.nearest(attack) for attack in store.identity["options"]["attacks"]}
+    if len(found) > 1 and all(found.values()):
+        broken = set().union(*found.values())
+        worst = {k: min(at[k] for at in found.values() if k in at) for k in broken}
+        found = {WORST_CASE: worst, **found}
     return {attack: np.sort(list(distances.values())) for attack, distances in found.items() if distances}
 
 
@@ -99,11 +106,14 @@ def _draw(summary: pd.DataFrame, distances: Nearest, layout: Layout) -> Figure:
         eps, accuracy, low, high = _points(summary[summary.attack == attack])
         # Nothing is clipped: a marker at 0 % or 100 % is drawn whole, and no clip path needs a url().
         axes.fill_between(eps, low, high, color=style["color"], alpha=0.08, linewidth=0, clip_on=False)
-        if attack in exact:
+        if attack == WORST_CASE:
+            if attack in exact:
+                (eps, accuracy), style = exact[attack], style | {"drawstyle": "steps-post"}
+            else:
+                eps, accuracy = _beneath(eps, accuracy, list(exact.values()))
+        elif attack in exact:
             axes.step(*exact[attack], where="post", color=style["color"], linewidth=style["linewidth"])
             style |= {"linestyle": "none"}
-        elif attack == WORST_CASE:
-            eps, accuracy = _beneath(eps, accuracy, list(exact.values()))
         axes.plot(eps, accuracy, label=attack_label(attack), clip_on=False, **style)
     ticks = _ticks(sorted(summary.eps.unique()), layout.ticks)
     norm = str(summary.norm.iloc[0])

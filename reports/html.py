@@ -1,5 +1,6 @@
 """report.html: one file for people, with no reference to anything outside it."""
 
+import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ from robust.statistics import WORST_CASE, summarize, wilson
 from robust.store import Store
 
 LIMIT = 5_000_000  # bytes
+_TOGETHER = re.compile(r" (?=%)|(?<=\bp) (?=[<=])|(?<=\bp\s[<=]) ")  # '5 %' and 'p < 0.001' stay on one line
 CONFUSIONS_SHOWN = 12
 SMALL = 100  # pixels: below, an image is drawn enlarged and with its pixels to be seen
 
@@ -61,8 +63,7 @@ def environment(class_names: Sequence[str] | None) -> Environment:
         "said": _said,
         "time": _time,
         "class": lambda label: units.format_class(label, class_names),
-        # A number and its percent sign stay on one line.
-        "nobreak": lambda text: str(text).replace(" %", "\u00a0%"),
+        "nobreak": lambda text: _TOGETHER.sub("\u00a0", str(text)),
     }
     made.globals |= {"interval": units.format_interval, "distance": units.format_distance}
     return made
@@ -90,7 +91,7 @@ def _context(store: Store, samples: pd.DataFrame, summary: pd.DataFrame) -> dict
         "row": row,
         "clean": {"correct": correct, "interval": wilson(correct, int(row.n))},
         "curves": [Markup(inline_svg(summary, distances, *kind)) for kind in ((WIDE, "wide"), (NARROW, "narrow"))],
-        "nearest": [_least(attack, found, correct) for attack, found in distances.items()],
+        "nearest": [_least(attack, found, correct) for attack, found in distances.items() if attack != WORST_CASE],
         "attacks": attacks,
         "control": next((rows[-1] for attack, rows in attacks if attack == CONTROL), None),
         "rule": rule(samples, summary),

@@ -23,13 +23,13 @@ import reports.html
 from reports import REPORTS, write_reports
 from reports.answer import answer, headline, strongest, verdict
 from reports.breakdown import confusions, per_class
-from reports.curve import NARROW, WIDE, _beneath, describe, inline_svg
+from reports.curve import NARROW, WIDE, _beneath, describe, inline_svg, nearest
 from reports.figures import _safe, panda
 from reports.gallery import Example, choose, png, rule
 from reports.terminal import plain_lines, summary_table
 from robust.errors import InputError
 from robust.files import replacing
-from robust.statistics import SUMMARY_COLUMNS
+from robust.statistics import SUMMARY_COLUMNS, WORST_CASE
 from robust.store import SAMPLE_COLUMNS, SCHEMA_VERSION, Clean, Finding, Picture, Result, Store
 from robust.units import (
     format_class,
@@ -502,8 +502,8 @@ def test_examples_are_chosen_by_the_rule(store: Store) -> None:
     assert examples[0].picture.role == "smallest" and examples[0].picture.position == 0
     rows = samples[(samples.attack == "foolbox:LinfDeepFoolAttack") & (samples.eps == 8 / 255) & samples.success]
     kept = [p for p in store.pictures() if p.role == "typical" and p.attack == "foolbox:LinfDeepFoolAttack"]
-    nearest = min((p for p in kept if p.position != 0), key=lambda p: abs(p.distance_l2 - rows.distance_l2.median()))
-    assert examples[1].picture.position == nearest.position
+    median = min((p for p in kept if p.position != 0), key=lambda p: abs(p.distance_l2 - rows.distance_l2.median()))
+    assert examples[1].picture.position == median.position
 
 
 def test_images_that_withstood_are_shown_too() -> None:
@@ -578,6 +578,19 @@ def test_the_worst_case_is_drawn_above_no_attack() -> None:
     assert line.tolist() == [100, 100, 80, 75, 60, 50, 0, 0]
     at, line = _beneath(eps, accuracy, [])
     assert np.interp(3, at, line) == 70
+
+
+def test_the_worst_case_of_searches_for_the_least_distance_is_exact() -> None:
+    """Image by image the least of all; where another attack ran too, nobody knows it between the eps."""
+    options = {"attacks": ["fmn", "ddn"], "norm": "l2", "eps": [1.0], "seed": 0}
+    store = Store.create(None, {"model": {}, "data": {}, "options": options}, {})
+    store.add_unit(0, "fmn", 1.0, [], nearest=[(0, 0.5), (1, 0.7)])
+    assert set(nearest(store)) == {"fmn"}
+    store.add_unit(0, "ddn", 1.0, [], nearest=[(1, 0.2), (2, 0.9)])
+    found = nearest(store)
+    assert {attack: distances.tolist() for attack, distances in found.items()} == {
+        WORST_CASE: [0.2, 0.5, 0.9], "fmn": [0.5, 0.7], "ddn": [0.2, 0.9]
+    }  # fmt: skip
 
 
 def test_the_curve_in_words(store: Store) -> None:
