@@ -333,7 +333,7 @@ def _ask(
 
 
 def _gradient(logits: Tensor, query: Tensor, attack: Attack, state: State) -> Tensor:
-    """Of the attack's loss at the queries, padding included; the loss is taken in the images' precision.
+    """Of the attack's loss at the queries (padding may follow); the loss is taken in the images' precision.
 
     Through a network in half precision each row passes scaled to 1, and is scaled back behind it: a sure classifier's
     gradients are too small for float16.

@@ -113,8 +113,7 @@ def run(
         None for one, and for the twenty of autoattack-rand.
     surrogate: the network that attack "transfer" crafts on; a module, or a spec.
     restarts: runs from different random starts, on the samples still standing; what is not random runs once.
-    target: the class to reach instead of any wrong one, by name or, as an integer, by index; its own samples are left
-        out.
+    target: a class name or index to reach, instead of any wrong class; its own samples are left out.
     batch_size: rows evaluated at once, at most.
     limit: with a data spec, a class-balanced subset of that many images drawn from `seed`.
     seed: of every random number, 0 .. 2^64 - 1.
@@ -148,7 +147,7 @@ def run(
         queries=queries,
         eot=eot,
         surrogate=_name_of(surrogate),
-        target=target,
+        target=None if target is None else str(target),
         batch_size=batch_size,
         limit=limit,
         seed=seed,

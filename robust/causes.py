@@ -111,7 +111,8 @@ def _among_correct(comparison: Comparison) -> str:
 
 def _not_compared(comparison: Comparison) -> Iterator[str]:
     baseline, current = comparison.baseline, comparison.current
-    also = "" if comparison.rules.min_robust_accuracy is None else "; the least robust accuracy is asked of it too"
+    asked = comparison.rules.min_robust_accuracy is not None and not comparison.rules.eps
+    also = "; the least robust accuracy is asked of it too" if asked else ""
     known = {row.attack for row in baseline.robust}
     if extra := sorted({visible(row.attack) for row in current.robust if row.attack not in known}):
         yield f"Only the current run has {', '.join(extra)}: left out, of the worst case too{also}."
@@ -126,8 +127,8 @@ def _nothing_to_lose(comparison: Comparison) -> Iterator[str]:
     """Where the baseline had fallen altogether, so that the gate sees nothing."""
     worst = [change for change in comparison.changes if change.row.attack == WORST_CASE and not change.before]
     if worst:
-        where = ", ".join(format_eps(change.row.eps, change.row.norm) for change in worst)
-        yield f"At {worst[0].row.norm} {where} no image withstood before, so none can fall: compare at smaller eps too."
+        where = ", ".join(f"{change.row.norm} {format_eps(change.row.eps, change.row.norm)}" for change in worst)
+        yield f"At {where} no image withstood before, so none can fall: compare at smaller eps too."
 
 
 def _few(comparison: Comparison) -> Iterator[str]:

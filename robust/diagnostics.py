@@ -187,21 +187,29 @@ def review(store: Store) -> Iterator[Finding]:
 
 def _strength(options: dict, attacks: set[str], described: Sequence[dict]) -> Finding:
     name, steps = "attack strength", options.get("steps")
-    for attack in described:
-        taken, size = (attack["parameters"].get(option) for option in ("steps", "step_size"))
-        if attack["name"] == "pgd" and size is not None and taken * size < 1:
-            reach = f"{taken} steps of {size:g} eps reach {taken * size:g} eps"
-            return Finding(name, "warn", f"pgd's {reach}, not the edge of the ball: robust accuracy is likely lower")
     others = sorted(attacks - {"fgsm", *GRADIENT_FREE})
     if "autoattack" in others:
         return Finding(name, "pass", "autoattack is the field's standard ensemble")
     if not others:
         return Finding(name, "warn", "no iterative gradient attack ran: an upper bound only; add --attack pgd")
     if known := [attack for attack in others if attack in ITERATIVE]:
+        if known == ["pgd"] and (reach := _reach(described)) < 1:
+            return Finding(
+                name,
+                "warn",
+                f"pgd's steps reach {reach:.2g} eps, not the edge of the ball: robust accuracy is likely lower",
+            )
         if steps is not None and steps < FEW_STEPS and "autoattack-rand" not in known:
             return Finding(name, "warn", f"{steps} steps are few; with more, robust accuracy is likely lower")
         return Finding(name, "pass", f"{', '.join(known)} searched beyond the first step")
     return Finding(name, "warn", f"how strong {', '.join(others)} is, is not known; add --attack pgd")
+
+
+def _reach(described: Sequence[dict]) -> float:
+    """How far pgd's steps go together, as a share of eps."""
+    parameters = next(attack["parameters"] for attack in described if attack["name"] == "pgd")
+    size = parameters.get("step_size")
+    return 1.0 if size is None else round(parameters["steps"] * size, 6)
 
 
 def _but(share: float, n: int) -> str:

@@ -45,5 +45,6 @@ def check_writable(path: Path) -> None:
     folder = next(parent for parent in path.parents if parent.exists())
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    replaced = path.is_file() or not path.exists()  # else it is written to, as it is: a device, a pipe
+    if not os.access(folder if replaced else path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))

@@ -343,6 +343,7 @@ class _Job:
         if reason := self._strays(verified):
             self.twin = self.model.module
             self.store.set(twin=reason, twin_strayed=reason)
+            _seed(self.options.seed, start, attack.name)  # as a run does that is interrupted and resumed here
             verified = self._verify(attack, self._run(self.twin, attack, queue), tasks)
         by_position = {v.outcome.position: v for v in verified}
         refuted, overlooked = [v.outcome for v in verified if v.refuted], [v.outcome for v in verified if v.overlooked]
@@ -354,9 +355,7 @@ class _Job:
             counted = [_with_counts(late, early) for late, (early, _) in zip(new, again, strict=True)]
             begun_on = {task.position: task.first for task in begun}
             anew = self._verify(attack, counted, tasks)
-            by_position |= {
-                v.outcome.position: v for v in anew if v.fooled or not by_position[v.outcome.position].fooled
-            }
+            by_position |= {v.outcome.position: _better(by_position[v.outcome.position], v) for v in anew}
             # What a random model refutes even then is attacked at the larger eps, if there are any.
             still = [v.outcome for v in anew if v.refuted and v.outcome.rung is not None]
             again = [(claim, max(claim.rung or 0, begun_on[claim.position]) + 1) for claim in still]
@@ -392,17 +391,18 @@ class _Job:
         )
 
     def _strays(self, verified: Sequence[_Verified]) -> str:
-        """Why the twin is not the model at points where samples stand, to which nobody else holds it; or ''.
+        """Why the twin is not the model under this attack, or ''.
 
-        It agreed on the first images. Others may take another way through a network.
+        It agreed on the first images; others may take another way through a network. What broke at the smallest eps
+        the model has confirmed; where samples stand, or broke later, the twin may have been the harder one to fool.
         """
-        standing = [v for v in verified if not v.outcome.found]
-        if self.twin is self.model.module or not standing:
+        doubtful = [v for v in verified if not v.outcome.found or v.outcome.rung != 0]
+        if self.twin is self.model.module or not doubtful:
             return ""
-        x_adv, rows = torch.stack([v.x_adv for v in standing]), self.options.batch_size
+        x_adv, rows = torch.stack([v.x_adv for v in doubtful]), self.options.batch_size
         with torch.no_grad():
             said = [self.twin(padded(part, rows))[: len(part)].clone() for part in x_adv.split(rows)]
-        off = apart(torch.stack([v.logits for v in standing]), torch.cat(said))
+        off = apart(torch.stack([v.logits for v in doubtful]), torch.cat(said))
         if off <= TWIN_TOLERANCE:
             return ""
         return f"the model itself: under attack, a copy's logits were off by {off:.2g} of the largest"
@@ -596,6 +596,14 @@ class _Watched(nn.Module):
             self.name, "under attack", "mend that and go on, or begin anew with a smaller batch_size"
         ):
             return self.module(x)
+
+
+def _better(early: _Verified, late: _Verified) -> _Verified:
+    """Of two verdicts on one sample, the later one with the counts of both, unless it alone did not fool the model."""
+    if late.fooled or not early.fooled:
+        return late
+    counted = replace(early.outcome, forwards=late.outcome.forwards, gradients=late.outcome.gradients)
+    return replace(early, outcome=counted)
 
 
 def within(distance: Any, eps: Any, norm: str, pixels: int) -> Any:

@@ -60,7 +60,7 @@ class Options:
     queries: int | None = None
     eot: int | None = None
     surrogate: str | None = None
-    target: str | int | None = None
+    target: str | None = None
     batch_size: int = 64
     limit: int | None = None
     seed: int = 0

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import ImageNetInfo
 
 from data_files import IMAGENET_MODEL, image_bytes, model_of, pattern, write_tree
 from robust.data import load_data
 from robust.data.classes import CIFAR10, CIFAR100, FASHION_MNIST
-from robust.data.labels import label_of
+from robust.data.labels import label_of, set_labels, wnids_of
 from robust.data.source import balanced
 from robust.errors import InputError
 from robust.models import imagenet
@@ -464,7 +465,7 @@ def test_one_image_with_a_label_that_is_not_clear(tmp_path, model, label, reason
 
 def test_a_number_is_a_name_where_classes_are_called_by_numbers():
     limits = model_of(class_names=("10", "30", "1"))
-    assert [label_of(name, limits) for name in ("10", "1", 1)] == [0, 2, 1]
+    assert [label_of(name, limits) for name in ("10", "1")] == [0, 2]
     with pytest.raises(InputError, match="unknown label '0'"):
         label_of("0", limits)
     assert [label_of(str(digit), model_of(10, class_names=tuple("0123456789"))) for digit in range(10)] == list(
@@ -505,6 +506,8 @@ SHUFFLED = ("truck", "ship", "horse", "frog", "dog", "deer", "cat", "bird", "car
         (("airplane", "x", "bird", "y", *CIFAR10[4:]), 3, ("cifar10_00_3.png", 3)),
         (("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"), 1, ("mnist_00_7.png", 7)),
         (tuple("9876543210"), 1, ("mnist_00_7.png", 2)),
+        (tuple(f"class {k}" for k in range(10)), 3, ("cifar10_00_3.png", 3)),
+        (tuple(f"{k} - digit" for k in range(10)), 1, ("mnist_00_7.png", 7)),
         (tuple(name.lower() for name in FASHION_MNIST), 1, ("fashionMNIST_00_9.png", 9)),
     ],
 )
@@ -559,6 +562,24 @@ def test_the_labels_of_samples_are_the_usual_indices():
 )
 def test_samples_that_do_not_suit_are_refused(spec, model, reason):
     check_refused(spec, model, reason)
+
+
+@pytest.mark.parametrize("spelled", ["torchvision's", "WordNet's", "wnids"])
+@pytest.mark.parametrize("theirs", ["torchvision's", "WordNet's"])
+def test_spellings_of_imagenets_names_are_no_other_order(spelled, theirs):
+    """WordNet calls two classes crane and two maillot, and what is a "cardigan" to one is a dog to the other."""
+    info = ImageNetInfo()
+    names = {
+        "torchvision's": imagenet.class_names(), "wnids": imagenet.wnids(),
+        "WordNet's": tuple(info.index_to_description(k, detailed=False) for k in range(1000)),
+    }  # fmt: skip
+    model = model_of(1000, (3, 8, 8), class_names=names[spelled])
+    known = [f"{name}, {wnid}" for name, wnid in zip(names[theirs], imagenet.wnids(), strict=True)]
+    assert set_labels(range(1000), known, model, "ImageNet") == list(range(1000))
+    assert wnids_of(model) == imagenet.wnids()
+    reversed_order = replace(model, class_names=names[spelled][::-1])
+    moved = set_labels([0, 388, 281], known, reversed_order, "ImageNet")
+    assert moved == [999, 999 - 388, 999 - 281]
 
 
 # torchvision's sets, in its own formats on disk

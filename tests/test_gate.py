@@ -358,7 +358,7 @@ def test_circumstances_are_told():
 
 def test_a_baseline_that_has_nothing_to_lose_is_told():
     before = verdicts({("pgd", 0.1): [1] * 9 + [0], ("pgd", 0.2): [0] * 10, ("pgd", 0.3): [0] * 10})
-    said = "At linf 0.2, 0.3 no image withstood before, so none can fall: compare at smaller eps too."
+    said = "At linf 0.2, linf 0.3 no image withstood before, so none can fall: compare at smaller eps too."
     assert said in compare(before, before).notes
     assert not any("withstood" in note for note in compare(before, before, Rules(eps=(0.1,))).notes)
 

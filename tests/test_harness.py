@@ -165,14 +165,19 @@ class TwoWays(nn.Module):
         return self.rest(self.norm(z) if bool(plain.all()) else torch.where(plain, self.norm(z), z))
 
 
-def test_a_network_that_takes_another_way_under_attack_has_its_own_verdicts(monkeypatch):
+@pytest.mark.parametrize(
+    ("names", "eps"),
+    [(["noise", "pgd"], [0.002, 0.012, 0.03]), (["pgd"], [0.002, 0.005, 0.008, 0.012, 0.02, 0.03])],
+    ids=["some stand", "some break late"],
+)
+def test_a_network_that_takes_another_way_under_attack_has_its_own_verdicts(monkeypatch, names, eps):
     """The twin is traced on images that all take one way, and agrees with the model there."""
     x = 0.25 + images(60) / 2
     model = TwoWays().eval()
     data = x, model(x).argmax(1)
     made = []
     monkeypatch.setattr(harness, "fast_twin", lambda module, x: made.append(fast_twin(module, x)) or made[-1])
-    arguments = {"attacks": ["noise", "pgd"], "eps": [0.002, 0.012, 0.03], "steps": 8}
+    arguments = {"attacks": names, "eps": eps, "steps": 8}
     run = robust.run(model, data, **arguments)
     ((_, description),) = made
     assert "batch-norm folded" in description

@@ -23,8 +23,7 @@ FASHION_MNIST = (
 
 # What people call them besides.
 ALSO = {
-    "airplane": ("plane",), "automobile": ("car",), "T-shirt/top": ("t-shirt",),
-    "0": ("zero", "0 - zero"), "1": ("one", "1 - one"), "2": ("two", "2 - two"), "3": ("three", "3 - three"),
-    "4": ("four", "4 - four"), "5": ("five", "5 - five"), "6": ("six", "6 - six"), "7": ("seven", "7 - seven"),
-    "8": ("eight", "8 - eight"), "9": ("nine", "9 - nine"),
+    "airplane": "plane", "automobile": "car", "T-shirt/top": "T-shirt",
+    "0": "zero", "1": "one", "2": "two", "3": "three", "4": "four",
+    "5": "five", "6": "six", "7": "seven", "8": "eight", "9": "nine",
 }  # fmt: skip

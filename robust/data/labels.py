@@ -49,7 +49,7 @@ class ClassIndex:
 def wnids_of(model: Model) -> tuple[str, ...] | None:
     """ImageNet's WordNet ids in label order, for a model of its 1000 classes in its order; else None."""
     if model.wnids is None and model.num_classes == imagenet.NUM_CLASSES:
-        return imagenet.wnids() if counterparts(imagenet.class_names(), model) is None else None
+        return imagenet.wnids() if counterparts(imagenet.names_and_wnids(), model) is None else None
     return model.wnids
 
 
@@ -65,7 +65,8 @@ def set_labels(labels: Sequence[int], names: Sequence[str] | None, model: Model,
     if lost := [names[label] for label, match in found.items() if match is None]:
         raise InputError(
             f"the classes of {where} are not those of {model.name}, which has none, or several, called "
-            f"{_listed(lost)}, but {_listed(model.class_names or ())}: give data of its classes"
+            f"{_listed(lost)}, but {_listed(model.class_names or ())}: give data of its classes, or, if it is only "
+            "named otherwise, the network without class_names"
         )
     return [match for label in labels if (match := found[label]) is not None]
 
@@ -73,29 +74,31 @@ def set_labels(labels: Sequence[int], names: Sequence[str] | None, model: Model,
 def counterparts(names: Sequence[str] | None, model: Model) -> list[int | None] | None:
     """The model's class for each of a published data set's, by name; None for one that it does not have, or has twice.
 
-    None altogether where the classes are the same, in the same order: where the model has no names, or most of its
-    names are the set's of the same index and it knows the others nowhere.
+    None altogether where the classes are the same, in the same order: where the model's have no names, or names that
+    are their numbers ("class 0"), or most have those of the set's class of the same index and hardly any has another's.
     """
     if names is None or model.class_names is None:
         return None
-    index = ClassIndex(replace(model, wnids=()))  # by names alone
-    found = [{match for name in _called(known) for match in index.find(name)} for known in names]
-    agree = [label in matches for label, matches in enumerate(found)]
-    if 2 * sum(agree) >= len(names) and all(found[label] == set() for label, same in enumerate(agree) if not same):
+    if all(re.sub(r"\D", "", name) == str(label) for label, name in enumerate(model.class_names)):
         return None
-    return [min(matches) if len(matches) == 1 else None for matches in found]
+    index = ClassIndex(replace(model, wnids=()))  # by names alone
+    found = [[index.find(name) for name in _called(known)] for known in names]
+    same = [any(label in matches for matches in by_name) for label, by_name in enumerate(found)]
+    # By the first of its names that one class has: "giant panda" before "panda", which is the red one too.
+    theirs = [next((matches[0] for matches in by_name if len(matches) == 1), None) for by_name in found]
+    # Spellings of ImageNet's differ: for some "crane" is the bird, for others the machine.
+    moved = sum(match is not None and not stays for match, stays in zip(theirs, same, strict=True))
+    return None if 2 * sum(same) >= len(names) >= 10 * moved else theirs
 
 
-def label_of(name: str | int, model: Model, option: str = "label") -> int:
+def label_of(name: str, model: Model, option: str = "label") -> int:
     """The class that a person names with --label or another option: by index, name or wnid.
 
-    Where classes are called by numbers, a number in a text is a name.
+    Where classes are called by numbers, a number is a name.
     """
     numbered = any(known.strip().isdecimal() for known in model.class_names or ())
-    if isinstance(name, int) or (name.isdecimal() and not numbered):
-        if 0 <= int(name) < model.num_classes:
-            return int(name)
-        name = str(name)
+    if name.isdecimal() and not numbered and int(name) < model.num_classes:
+        return int(name)
     matches = ClassIndex(model).find(name)
     if len(matches) > 1:
         raise InputError(f"{option} {name!r} names the classes {_listed(matches)}: give the number of one")
@@ -155,9 +158,9 @@ def _alphabetical(folders: Sequence[str], model: Model, where: str) -> tuple[lis
     return [order.index(folder) for folder in folders], tuple(order)
 
 
-def _called(name: str) -> set[str]:
+def _called(name: str) -> list[str]:
     """All that a class is called whose name may be a list of synonyms."""
-    return {name, *name.split(","), *classes.ALSO.get(name, ())}
+    return [name, *name.split(","), classes.ALSO.get(name, name)]
 
 
 def _folded(name: str) -> str:

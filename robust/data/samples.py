@@ -50,12 +50,13 @@ def load(request: Request) -> Source:
         return decode(raw, str(files[position]), whole), hashlib.sha256(raw).hexdigest()
 
     theirs = [int(re.split(r"[_.]", file.name)[2]) for file in files]
-    labels = set_labels(theirs, _class_names(name), model, f"the {name} samples")
-    return Source([file.name for file in files], labels, read, model.class_names or _class_names(name))
+    labels = set_labels(theirs, _known_as(name), model, f"the {name} samples")
+    class_names = imagenet.class_names() if name == "imagenet" else CLASS_NAMES[name]
+    return Source([file.name for file in files], labels, read, model.class_names or class_names)
 
 
-def _class_names(name: str) -> tuple[str, ...]:
-    return imagenet.class_names() if name == "imagenet" else CLASS_NAMES[name]
+def _known_as(name: str) -> tuple[str, ...]:
+    return imagenet.names_and_wnids() if name == "imagenet" else CLASS_NAMES[name]
 
 
 def _resolve(name: str) -> str:
@@ -71,7 +72,7 @@ def _choose(model: Model) -> str:
         fitting = [
             name
             for name, count in CLASSES.items()
-            if count == model.num_classes and None not in (counterparts(_class_names(name), model) or ())
+            if count == model.num_classes and None not in (counterparts(_known_as(name), model) or ())
         ]
         if len(fitting) == 1:
             return fitting[0]

@@ -104,8 +104,10 @@ def _in_files(held: Any, entry: Set, root: Path, model: Model) -> Source:
         return decode(raw, str(paths[position]), model), hashlib.sha256(raw).hexdigest()
 
     ids = [path.relative_to(root).as_posix() for path in paths]
-    labels = set_labels([int(label) for _, label in pairs], _class_names(held), model, entry.cls)
-    return Source(ids, labels, read, model.class_names or _class_names(held))
+    names = _class_names(held)
+    known_as = names and tuple(map(", ".join, zip(names, getattr(held, "wnids", names), strict=True)))
+    labels = set_labels([int(label) for _, label in pairs], known_as, model, entry.cls)
+    return Source(ids, labels, read, model.class_names or names)
 
 
 def _class_names(held: Any) -> tuple[str, ...] | None:

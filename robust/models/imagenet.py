@@ -28,6 +28,11 @@ def wnids() -> tuple[str, ...]:
     return tuple(ImageNetInfo().label_names())
 
 
+def names_and_wnids() -> tuple[str, ...]:
+    """Each class's name with its wnid for a synonym, to look classes up by either."""
+    return tuple(f"{name}, {wnid}" for name, wnid in zip(class_names(), wnids(), strict=True))
+
+
 def classifier(
     name: str,
     source: str,

@@ -14,6 +14,7 @@ MNIST: Size = (1, 28, 28)
 IMAGENET: Size = (3, 224, 224)
 
 FLAT = 50.0  # e^-50 of the likeliest class is nothing
+ALIKE = 1e-3  # logits that lie within this share of their size
 
 
 def count_classes(module: nn.Module, size: Size) -> int:
@@ -99,11 +100,14 @@ def apart(logits: Tensor, others: Tensor) -> float:
     """How far two outputs (N, K) for the same images lie from each other, as a share of the largest logit.
 
     Each row is taken from its largest value, down to FLAT below that: a softmax sees no more, and beside a class that
-    is masked by -1e9 any difference would be a small share.
+    is masked by -1e9 any difference would be a small share. Rows whose logits are all alike differ by rounding only,
+    which is a share of the logits as they are.
     """
-    a, b = ((rows - rows.amax(1, keepdim=True)).clamp(min=-FLAT) for rows in (logits.float(), others.float()))
-    largest = a.where(a > -FLAT, 0).abs().max().clamp(min=1e-12)
-    return float((a - b).abs().max() / largest)
+    logits, others = logits.float(), others.float()
+    a, b = ((rows - rows.amax(1, keepdim=True)).clamp(min=-FLAT) for rows in (logits, others))
+    seen = a > -FLAT
+    spread, size = (rows.where(seen, 0).abs().max() for rows in (a, logits))
+    return float((a - b).abs().max() / torch.maximum(spread, ALIKE * size).clamp(min=1e-12))
 
 
 def _fault(logits: object) -> str | None:
