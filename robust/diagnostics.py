@@ -56,18 +56,20 @@ def check_keeps_input(model: Model, x: Tensor) -> None:
             raise InputError("the model changes the images it is given; let its forward begin with x = x.clone()")
 
 
-def preflight(model: Model, x: Tensor, logits: Tensor, draws: int = 1) -> Iterator[Finding]:
+def preflight(model: Model, x: Tensor, logits: Tensor, eot: int = 1) -> Iterator[Finding]:
     """Findings on the model itself, on a few images x (N, C, H, W) and what it says of them, (N, K).
 
-    draws: of which a randomised model's verdicts are the vote.
+    eot: draws of which a randomised model's verdicts are the vote.
     """
     import torch
 
     from robust.models.probe import apart
+    from robust.randomness import draws
 
     module = model.module
     with torch.no_grad():  # a module may write its next output over the last one
         again, elsewhere = module(x).clone(), module(torch.cat([x[:1], 1 - x[:1]]))[:1]
+        by_chance = draws(lambda: module(x))
 
     yield _check(
         "eval mode",
@@ -78,12 +80,16 @@ def preflight(model: Model, x: Tensor, logits: Tensor, draws: int = 1) -> Iterat
     spread = apart(logits, again)
     yield _check(
         "deterministic",
-        spread < 1e-5 or draws > 1,
+        (spread < 1e-5 and not by_chance) or eot > 1,
         "two passes over the same images agree"
-        if spread < 1e-5
-        else f"the model is randomised; gradients and verdicts are those of {draws} draws",
-        f"two passes over the same images differ by {spread:.1e} of the largest logit: the model is randomised, "
-        "and verdicts from single draws overstate the attack; use --eot 20",
+        if spread < 1e-5 and not by_chance
+        else f"the model is randomised; gradients and verdicts are those of {eot} draws",
+        (
+            f"two passes over the same images differ by {spread:.1e} of the largest logit"
+            if spread >= 1e-5
+            else "a pass draws random numbers"
+        )
+        + ": the model is randomised, and verdicts from single draws overstate the attack; use --eot 20",
     )
     mixed = apart(logits[:1], elsewhere)
     yield _check(

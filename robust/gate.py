@@ -171,7 +171,7 @@ class Comparison:
         # First what people ask for, the worst case; but a robust image is right when unchanged, so where the clean
         # accuracy fell by more, its fall explains the other.
         asked = [change for change in self.changes if change.row.attack in (CLEAN, WORST_CASE)]
-        order = [change.row for change in sorted(asked, key=lambda change: (change.change, change.after))]
+        order = [change.row for change in sorted(asked, key=lambda c: (c.change, c.row.attack != CLEAN, c.after))]
         first = min(self.failures, key=lambda f: order.index(f.row) if f.row in order else len(order))
         more = f" (and {len(self.failures) - 1} more)" if len(self.failures) > 1 else ""
         return f"FAIL{more}: {first.message}"

@@ -1,3 +1,5 @@
+import random
+
 import numpy as np
 import pytest
 import timm
@@ -5,6 +7,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 import robust
 from robust import cli
@@ -14,6 +17,7 @@ from robust.conv.frozen import FrozenConv2d
 from robust.data import load_data
 from robust.evaluate import evaluate
 from robust.models import load_model
+from robust.randomness import seeded
 from toys import conv_net, images
 
 NETWORKS = [
@@ -277,10 +281,37 @@ def test_padding_by_name_in_a_function_is_left():
     agree(net, convert(net, x).module, x)
 
 
-def test_a_random_network_is_refused():
-    net = Coded(lambda m, x: m.conv(x) + torch.rand_like(x))
-    with pytest.raises(NotConverted, match="on the project's layers the network computes something else"):
-        convert(net, images(2))
+@pytest.mark.parametrize(
+    "chance",
+    [lambda x: x + torch.rand_like(x), lambda x: x.flip(3) if torch.rand(1) < 0.5 else x,
+     lambda x: x * random.choice([1, 2]), lambda x: x + np.random.rand()],
+)  # fmt: skip
+def test_a_random_network_stays_random(chance):
+    """Tracing would run Python's part of it once and for all."""
+    net, x = Coded(lambda m, x: m.conv(chance(x))), images(2)
+    converted = convert(net, x)
+    assert converted.faults[""] == "it draws random numbers"
+    assert len({float(converted.module(x).sum()) for _ in range(20)}) > 1
+    for seed in range(5):
+        with seeded(seed):
+            expected = net(x)
+        with seeded(seed):
+            torch.testing.assert_close(converted.module(x), expected)
+
+
+def test_code_that_asks_whether_gradients_are_wanted_is_not_traced():
+    net, x = Coded(lambda m, x: m.conv(x if torch.is_grad_enabled() else (x * 4).round() / 4)), images(2)
+    converted = convert(net, x)
+    assert "output without gradients is off by" in converted.faults[""]
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            torch.testing.assert_close(converted.module(x), net(x))
+
+
+def test_a_parametrised_layer_is_missed():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), weight_norm(nn.Linear(400, 3)))
+    with pytest.raises(NotConverted, match=r"torch would still compute 2 \(ParametrizedLinear"):
+        convert(net, images(2), strict=True)
 
 
 def test_a_wrong_gradient_alone_is_seen(monkeypatch):

@@ -391,6 +391,10 @@ REFUSED = {
     "transposed": (nn.ConvTranspose2d(2, 2, 3), "which values of its inputs conv_transpose2d makes an output of"),
     "image as weights": (Applied(lambda x: F.conv2d(torch.ones(1, 2, 20, 20), x)), "which values of its inputs conv2d"),
     "in place": (Overwritten(), "which values of its inputs setitem makes an output of"),
+    "into a part": (
+        Applied(lambda x: x[:, :1].add_(F.avg_pool2d(x, 5, 1, 2)[:, :1]) * 0 + x),
+        "add writes into a part",
+    ),
     "another stride": (Opaque(stride=(5, 1)), MISFIT),
     "another kernel": (Opaque(kernel_size=(7, 2)), MISFIT),
     "opaque": (Opaque(transposed=True), "what it returns was not computed by functions of torch"),

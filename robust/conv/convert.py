@@ -22,6 +22,7 @@ from robust.conv.frozen import FrozenConv2d
 from robust.conv.functional import conv2d
 from robust.conv.pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from robust.conv.shapes import inside
+from robust.randomness import draws, seeded
 
 REPLACED = "replaced"  # by the project's own layer
 FUSED = "fused"  # into another layer
@@ -83,22 +84,35 @@ def convert(
     x, (N, C, H, W), is a batch to try it on, best of two images at least. With it, residuals are fused too, whose
     shapes must be known; what torch computes all the same is found by watching; and logits and input gradient are
     compared with the module's in float64: where tracing or fusing has changed them, the layers are replaced without
-    it, and `faults` says so; unless `check` is False. `algorithm` is conv2d's. The copy can be differentiated once.
+    it, and `faults` says so; unless `check` is False. So they are where the network draws random numbers, of which
+    tracing would make constants. `algorithm` is conv2d's. The copy can be differentiated once.
 
     NotConverted where even the layers alone compute something else, and, with `strict`, where a layer is missed or a
     part cannot be traced; ValueError for `strict` without x, as nothing else can tell.
     """
     if strict and x is None:
         raise ValueError("strict needs x, a batch to try the network on")
-    converted = _converted(module, x, algorithm, trace=True)
-    if x is not None and check and (fault := _difference(module, converted.module, x, algorithm, trace=True)):
+    faults = _random(module, x)
+    converted = _converted(module, x, algorithm, trace=not faults)
+    fault = _difference(module, converted.module, x, algorithm, trace=not faults) if x is not None and check else None
+    if fault and not faults:
+        faults = {"": f"traced and fused, it computes something else: {fault}"}
         converted = _converted(module, x, algorithm, trace=False)
-        if still := _difference(module, converted.module, x, algorithm, trace=False):
-            raise NotConverted(f"on the project's layers the network computes something else: {still}")
-        converted = replace(converted, faults={"": f"traced and fused, it computes something else: {fault}"})
+        fault = _difference(module, converted.module, x, algorithm, trace=False) if x is not None else None
+    if fault:
+        raise NotConverted(f"on the project's layers the network computes something else: {fault}")
+    converted = replace(converted, faults=converted.faults | faults)
     if strict and (converted.missed or converted.faults):
         raise NotConverted(converted.shortfall())
     return converted
+
+
+def _random(module: nn.Module, x: Tensor | None) -> dict[str, str]:
+    """Why the network must not be traced, if it is random."""
+    network = copy.deepcopy(module).eval()
+    with torch.no_grad():
+        found = x is not None and draws(lambda: network(x[:COMPARED]))
+    return {"": "it draws random numbers"} if found else {}
 
 
 def _converted(module: nn.Module, x: Tensor | None, algorithm: str, trace: bool) -> Converted:
@@ -135,22 +149,24 @@ def _difference(module: nn.Module, converted: nn.Module, x: Tensor, algorithm: s
         answers, tolerance = [_answers(network, x.double()) for network in pair], TOLERANCE
     except Exception:  # of code that somebody else wrote
         answers, tolerance = [_answers(network, x) for network in (module, converted)], ROUNDED
-    for name, expected, found in zip(("output", "input gradient"), *answers, strict=True):
+    for name, expected, found in zip(("output", "input gradient", "output without gradients"), *answers, strict=True):
         off = (found - expected).norm() / expected.norm().clamp(min=torch.finfo(x.dtype).tiny)
         if not off <= tolerance:
             return f"its {name} is off by {off:.1e}, relative"
     return None
 
 
-def _answers(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The output, and the gradient at x of a sum of it, each value weighted differently."""
+def _answers(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, the gradient at x of a sum of it, each value weighted differently, and the output under no_grad."""
     network = copy.deepcopy(network).eval().requires_grad_(False)
-    with torch.enable_grad():
+    with seeded(), torch.no_grad():
+        unwatched = network(x)
+    with seeded(), torch.enable_grad():
         query = x.clone().requires_grad_()
         y = network(query)
         weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
         (gradient,) = torch.autograd.grad((y * weights).sum(), query)
-    return y.detach(), gradient
+    return y.detach(), gradient, unwatched
 
 
 def _unboxed(name: str) -> str:
@@ -165,7 +181,7 @@ def _replace(whole: nn.Module, algorithm: str) -> dict[str, Layer]:
     makers, report = _makers(), {}
     shared: dict[nn.Module, nn.Module] = {}  # a layer that goes by two names stays one
     for name, part in list(whole.named_modules(remove_duplicate=False)):
-        if not name or (any(part.children()) and not isinstance(part, nn.BatchNorm2d)):
+        if not name or (any(part.children()) and not isinstance(part, _COMPUTED)):
             continue
         kind, fate, reason, missed = type(part).__name__, LEFT, "nothing that convolution needs", False
         if isinstance(part, _COMPUTED):

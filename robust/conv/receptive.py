@@ -59,6 +59,11 @@ class _Watched(Tensor):
         return result
 
 
+def _is_part(tensor: Tensor) -> bool:
+    """Whether there is a larger tensor behind it, or one of another shape."""
+    return tensor._base is not None and tensor._base.shape != tensor.shape
+
+
 class _Watch:
     """One run of a network."""
 
@@ -111,6 +116,9 @@ class _Watch:
         axes = [x.axes for x in inputs]
         call = Call(name, func, args, kwargs, list(inputs), axes, outputs, self.size, self.layer)
         for output, found in zip(outputs, output_axes(call), strict=True):
+            written = next((k for k, x in enumerate(inputs) if x is output), None)  # in place
+            if written is not None and found != axes[written] and _is_part(output):
+                raise InputError(f"{self.layer}: {name} writes into a part of a tensor, whose other parts see less")
             output.axes, output.watch = found, self
         within, part, _ = self.running[-1]
         if len(outputs) == 1 and (not within or any(part.children())):

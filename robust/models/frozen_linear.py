@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from robust.conv.algorithm import Epilogue
 from robust.conv.product import product
@@ -16,7 +17,7 @@ LEAST, MOST = 2**16, 2**24  # weights; of the largest layers no second copy is k
 
 
 class FrozenLinear(nn.Module):
-    """`linear` with frozen parameters: the same output, the same input gradient up to rounding.
+    """`linear` with frozen parameters: the same output, the same input gradient up to rounding; differentiable once.
 
     flattens: what it is given is flattened first, (N, ...) to (N, K). An image with its channels last in memory is
         read in that order, with weights put in the same order, for else it would have to be copied.
@@ -71,6 +72,7 @@ class _Product(torch.autograd.Function):
         return _product(x, packed.weight, packed.bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         return _product(g, ctx.transposed, None), None
 

@@ -1,0 +1,42 @@
+"""Networks that draw random numbers: told from others, and given the same draws twice."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def draws(call: Callable[[], Any]) -> bool:
+    """Whether `call` takes numbers from the generators of torch, Python or numpy; they are put back."""
+    with seeded():
+        before = _states()
+        call()
+        return _states() != before
+
+
+@contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """The generators of torch, Python and numpy at `seed`; afterwards they are as they were."""
+    pythons, numpys = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(pythons)
+            np.random.set_state(numpys)
+
+
+def _states() -> list[Any]:
+    """Something that a draw changes."""
+    numpys: Any = np.random.get_state(legacy=False)
+    torchs = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+    return [
+        random.getstate(), numpys["state"]["key"].tobytes(), numpys["state"]["pos"], numpys["has_gauss"],
+        *(state.numpy().tobytes() for state in torchs),
+    ]  # fmt: skip
