@@ -296,6 +296,20 @@ def test_a_masked_class_hides_no_randomness_and_no_mixing_of_rows(data, masked):
         assert level(run, name) == said
 
 
+def test_a_model_that_tosses_a_coin_is_randomised_though_two_passes_may_agree(data):
+    class Coin(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nets = nn.ModuleList([conv_net(), conv_net(seed=1)])
+
+        def forward(self, x):
+            return self.nets[int(torch.rand(1) < 0.5)](x)
+
+    for seed in range(4):
+        run = robust.run(Coin(), data, attacks=["noise"], eps=0.01, seed=seed)
+        assert level(run, "deterministic") == "warn"
+
+
 def test_a_search_for_the_least_distance_counts_within_eps_only_what_lies_within_it():
     """A projection onto l1 may be rounded in each of 150,528 values; distances that were found are not."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 224 * 224, 2, bias=False))
