@@ -14,7 +14,7 @@ MNIST: Size = (1, 28, 28)
 IMAGENET: Size = (3, 224, 224)
 
 FLAT = 50.0  # e^-50 of the likeliest class is nothing
-ALIKE = 1e-3  # logits that lie within this share of their size
+NEAR = 1e-3  # of logits that lie closer together than this share of their size, what counts is that
 
 
 def count_classes(module: nn.Module, size: Size) -> int:
@@ -107,7 +107,7 @@ def apart(logits: Tensor, others: Tensor) -> float:
     a, b = ((rows - rows.amax(1, keepdim=True)).clamp(min=-FLAT) for rows in (logits, others))
     seen = a > -FLAT
     spread, size = (rows.where(seen, 0).abs().max() for rows in (a, logits))
-    return float((a - b).abs().max() / torch.maximum(spread, ALIKE * size).clamp(min=1e-12))
+    return float((a - b).abs().max() / torch.maximum(spread, NEAR * size).clamp(min=1e-12))
 
 
 def _fault(logits: object) -> str | None:
