@@ -84,13 +84,16 @@ def test_pieces(length, count):
 
 
 def test_long_sums_round_as_short_ones():
+    """In one piece the error at 4,096 is 1.5 times that at 512, unless oneDNN itself cuts it, as some versions do."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(64, 4096, generator=generator), torch.randn(48, 4096, generator=generator)
     if not product._has_onednn(a):
         pytest.skip("by another library than oneDNN")
-    exact = a.double() @ b.double().t()
-    whole, pieced = (relative_error(product.product(a, kind), exact) for kind in (b.unsqueeze(0), product.pieces(b)))
-    assert pieced < 0.8 * whole
+    short, long = (
+        relative_error(product.product(x, product.pieces(w)), x.double() @ w.double().t())
+        for x, w in ((a[:, :512].contiguous(), b[:, :512]), (a, b))
+    )
+    assert long < 1.2 * short
 
 
 @pytest.mark.parametrize("onednn", [True, False])
