@@ -51,11 +51,7 @@ def panda(example: Example, class_names: Sequence[str] | None) -> Figure:
     panels = (
         (picture.x, before, f"{format_percent(clean.clean_confidence)} confidence"),
         (example.perturbation, ["perturbation"], example.factor),
-        (
-            picture.x_adv,
-            after,
-            f"{format_percent(picture.adv_confidence)}{limit}",
-        ),
+        (picture.x_adv, after, f"{format_percent(picture.adv_confidence)}{limit}"),
     )
     plus = f"+ {example.scale_label} ×"
     room_for_plus = 0.2 + 0.6 * len(plus) * _LARGE / 72

@@ -203,14 +203,14 @@ class _Verified:
     logits: Tensor  # (K,), a random model's mean
     distances: Mapping[str, float]  # by norm
 
-    def within(self, rung: int) -> bool:
-        """Whether it fools the model within that eps."""
-        return self.fooled and self.rung is not None and self.rung <= rung
+    @property
+    def broken_at(self) -> int | None:
+        """The rung of the smallest eps within which it fools the model."""
+        return self.rung if self.fooled else None
 
     @property
     def broken(self) -> bool:
-        """Whether it fools the model within some eps."""
-        return self.fooled and self.rung is not None
+        return self.broken_at is not None
 
     @property
     def refuted(self) -> bool:
@@ -541,7 +541,8 @@ class _Job:
 
     def _results(self, row: Clean, attack: str, verified: _Verified | None) -> Iterator[Result]:
         for k, eps in enumerate(self.options.eps):
-            found = verified if verified and verified.within(k) else None
+            broken_at = None if verified is None else verified.broken_at
+            found = verified if broken_at is not None and broken_at <= k else None
             yield Result(
                 position=row.position,
                 attack=attack,
@@ -573,7 +574,7 @@ class _Job:
                 rank=rank,
                 position=row.position,
                 attack=attack,
-                eps=eps[-1] if verified.rung is None or not verified.fooled else eps[verified.rung],
+                eps=eps[-1 if verified.broken_at is None else verified.broken_at],
                 adv_pred=verified.pred,
                 adv_confidence=verified.confidence,
                 distance=distance,

@@ -1,19 +1,20 @@
 """Networks that draw random numbers: told from others, and given the same draws twice."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 
-def draws(call: Callable[[], Any]) -> bool:
-    """Whether `call` takes numbers from the generators of torch, Python or numpy; they are put back."""
-    with seeded():
+def is_random(module: nn.Module, x: Tensor) -> bool:
+    """Whether a pass over x draws from the generators of torch, Python or numpy; they are put back."""
+    with seeded(), torch.no_grad():
         before = _states()
-        call()
+        module(x)
         return _states() != before
 
 

@@ -22,7 +22,7 @@ from robust.conv.frozen import FrozenConv2d
 from robust.conv.functional import conv2d
 from robust.conv.pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from robust.conv.shapes import inside
-from robust.randomness import draws, seeded
+from robust.randomness import is_random, seeded
 
 REPLACED = "replaced"  # by the project's own layer
 FUSED = "fused"  # into another layer
@@ -92,27 +92,21 @@ def convert(
     """
     if strict and x is None:
         raise ValueError("strict needs x, a batch to try the network on")
-    faults = _random(module, x)
-    converted = _converted(module, x, algorithm, trace=not faults)
-    fault = _difference(module, converted.module, x, algorithm, trace=not faults) if x is not None and check else None
-    if fault and not faults:
-        faults = {"": f"traced and fused, it computes something else: {fault}"}
-        converted = _converted(module, x, algorithm, trace=False)
-        fault = _difference(module, converted.module, x, algorithm, trace=False) if x is not None else None
-    if fault:
-        raise NotConverted(f"on the project's layers the network computes something else: {fault}")
+    random = x is not None and is_random(copy.deepcopy(module).eval(), x[:COMPARED])
+    faults = {"": "it draws random numbers"} if random else {}
+    converted = _converted(module, x, algorithm, trace=not random)
+    if x is not None and check:
+        fault = _difference(module, converted.module, x, algorithm, trace=not random)
+        if fault and not random:
+            faults = {"": f"traced and fused, it computes something else: {fault}"}
+            converted = _converted(module, x, algorithm, trace=False)
+            fault = _difference(module, converted.module, x, algorithm, trace=False)
+        if fault:
+            raise NotConverted(f"on the project's layers the network computes something else: {fault}")
     converted = replace(converted, faults=converted.faults | faults)
     if strict and (converted.missed or converted.faults):
         raise NotConverted(converted.shortfall())
     return converted
-
-
-def _random(module: nn.Module, x: Tensor | None) -> dict[str, str]:
-    """Why the network must not be traced, if it is random."""
-    network = copy.deepcopy(module).eval()
-    with torch.no_grad():
-        found = x is not None and draws(lambda: network(x[:COMPARED]))
-    return {"": "it draws random numbers"} if found else {}
 
 
 def _converted(module: nn.Module, x: Tensor | None, algorithm: str, trace: bool) -> Converted:

@@ -11,7 +11,7 @@ from robust.errors import InputError
 from robust.models.model import Model
 from robust.models.prepare import difference
 from robust.models.probe import describe
-from robust.randomness import draws
+from robust.randomness import is_random
 
 
 def from_scratch(model: Model, x: Tensor, device: torch.device) -> Model:
@@ -35,9 +35,8 @@ def from_scratch(model: Model, x: Tensor, device: torch.device) -> Model:
         raise InputError(
             f"{model.name} cannot be put on the project's convolution ({describe(error)}); use --conv torch"
         ) from error
-    with torch.no_grad():
-        random = draws(lambda: original(x))  # then no two passes are the same, and `convert` has looked at equal draws
-    if not random and (fault := difference(converted.module, original, x)):
+    # No two passes of a random one are the same; `convert` has compared equal draws.
+    if not is_random(original, x) and (fault := difference(converted.module, original, x)):
         raise InputError(
             f"{model.name} does not come out the same on the project's convolution ({fault}); use --conv torch, and "
             "python -m robust.verify to see where they part"
