@@ -38,7 +38,8 @@ DEPTHWISE = Geometry((5, 5), stride=(2, 2), padding=(2, 2), groups=96)
 
 # (geometry, batch, channels in and out, side of the image): of ResNet-50, and what else the table has to fit.
 RESNET = [
-    (POINT, 256, 256, 1024, 14), (WINDOW, 256, 256, 256, 14), (STRIDED, 256, 128, 128, 56), (STEM, 256, 3, 64, 224),
+    (POINT, 256, 256, 1024, 14), (WINDOW, 256, 256, 256, 14), (POINT, 256, 1024, 512, 14), (WINDOW, 256, 128, 128, 28),
+    (WINDOW, 256, 64, 64, 56), (STRIDED, 256, 128, 128, 56), (STEM, 256, 3, 64, 224),
 ]  # fmt: skip
 OTHERS = [(POINT, 1, 256, 128, 14), (HALVED, 256, 256, 512, 56), (WINDOW, 256, 75, 78, 28), (GROUPS, 256, 128, 128, 56)]
 POOLS = [(STRIDED, 256, 64, 64, 112)]
@@ -46,7 +47,7 @@ THIN = [(DEPTHWISE, 256, 96, 96, 112)]
 PLANS = [
     ("bf16", torch.bfloat16, RESNET + OTHERS + THIN),
     ("fp16", torch.float16, RESNET[:2]),
-    ("tf32", torch.float32, RESNET[:2] + OTHERS[:3]),
+    ("tf32", torch.float32, RESNET[:5] + OTHERS[:3]),
     ("ieee", torch.float32, RESNET[1:2] + OTHERS[:1] + OTHERS[2:3] + THIN),
 ]
 PURPOSES = ("forward", "input_grad", "weight_grad", "max_pool")

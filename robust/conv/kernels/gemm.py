@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from robust.conv.kernels.parts import PLAIN, finish
+from robust.conv.kernels.parts import PLAIN, finish, operand
 
 # With rows m = (n, p, q) and columns k, the K axis of the product runs over (r, s, c):
 #
@@ -16,8 +16,9 @@ from robust.conv.kernels.parts import PLAIN, finish
 # start is -padding in the forward pass. The input gradient is this with the output's gradient for x, once a phase
 # (geometry.Phase): stride 1, start -before, the taps of the phase, and y every stride-th pixel of the result.
 #
-# Loops over taps and channels are one, so that loads are prefetched across taps. Its like, with 8 warps, gave wrong
-# results in some versions of Triton (pytorch#173068): with windows the table has 4.
+# Loops over taps and channels are one, so that loads are prefetched across taps. The like of it in torch's compiler,
+# with 8 warps, gave wrong results in some versions of Triton (pytorch#173068). This one was right in all configurations
+# on an H200 with Triton 3.6; of others `robust.verify` tells.
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -98,7 +99,7 @@ def convolve(
             x = tl.where(tl.load(mask_ptr + x_offsets, mask=inside, other=0.0) <= 0, 0.0, x)
         w_offsets = (group * K + k)[None, :] * (R * S * C) + (tap * C + c)[:, None]
         weight = tl.load(w_ptr + w_offsets, mask=columns[None, :] & (c < C)[:, None], other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+        acc = tl.dot(operand(x, PRECISION), operand(weight, PRECISION), acc, input_precision=PRECISION)
 
     finish(acc, y_ptr, shift_ptr, residual_ptr, y_pixel, rows, group * K, first, K, RELU, BLOCK_M, BLOCK_N)
 
@@ -172,7 +173,7 @@ def weight_gradient(
             else:
                 inside &= ((w >= 0) & (w < W))[:, None]
         x = tl.load(x_ptr + x_pixel[:, None] + (group * C + c)[None, :], mask=inside, other=0.0)
-        acc = tl.dot(g, x, acc, input_precision=PRECISION)
+        acc = tl.dot(operand(g, PRECISION), operand(x, PRECISION), acc, input_precision=PRECISION)
 
     row = split.to(tl.int64) * channels + group * K + k
     sums = sums_ptr + (row * R * S + tap)[:, None] * C + c[None, :]

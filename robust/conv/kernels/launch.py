@@ -62,8 +62,8 @@ def convolve(
         groups, k, _, _, c = weight.shape
         kernel, how, sizes = gemm.convolve, precision(x.dtype), _product(window, y, *weight.shape)
         tile = convolution_tile(
-            how, m, k, sizes["C"], groups=groups, pointwise=sizes["POINTWISE"], thin=_is_thin(x, c, k),
-            roomy=_is_roomy(x.device),
+            how, m, k, sizes["C"], groups=groups, pointwise=sizes["POINTWISE"], masked=mask is not None,
+            thin=_is_thin(x, c, k), roomy=_is_roomy(x.device),
         )  # fmt: skip
         sizes |= {"BLOCK_K": tile.k, "PRECISION": "tf32" if how == "tf32" else "ieee", "mask_ptr": mask}
         grid = (ceil_div(m, tile.m) * ceil_div(k, tile.n), groups)
@@ -115,7 +115,7 @@ def window_of(x: Tensor, y: Tensor, stride: Pair, start: Pair, dilation: Pair) -
 def _product(window: dict[str, int], y: Tensor, groups: int, k: int, r: int, s: int, c: int) -> dict[str, Any]:
     """The axes of the product, and which of the shorter ways to address x and y apply."""
     moves = (window["stride_h"], window["stride_w"], window["start_h"], window["start_w"])
-    still = (r, s, *moves) == (1, 1, 1, 1, 0, 0)
+    still = (r, s, *moves) == (1, 1, 1, 1, 0, 0) and (window["H"], window["W"]) == (window["P"], window["Q"])
     folded = groups == 1 and s > 1 and window["dilation_w"] == 1 and s * c <= MOST_FOLDED
     return {
         "R": r, "S": 1 if folded else s, "C": s * c if folded else c, "K": k,

@@ -12,6 +12,18 @@ PLAIN = [
 
 
 @triton.jit
+def operand(x, PRECISION: tl.constexpr):
+    """What a product takes of x: for tf32, rounded to 11 bits, half away from zero.
+
+    Tensor cores drop the other bits, which makes every product smaller than it is; cuDNN rounds too.
+    """
+    if PRECISION == "tf32":
+        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # the largest NaN would become -0
+    return x
+
+
+@triton.jit
 def finish(
     acc,  # (BLOCK_M, BLOCK_N) fp32
     y_ptr,  # (N, P, Q, groups·K), of any strides but for the channels, which are adjacent
