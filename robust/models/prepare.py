@@ -91,8 +91,8 @@ def _folded_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
 def _suits_channels_last(module: nn.Module, device: torch.device) -> bool:
     """Whether there are convolutions, and, on a GPU, no depthwise ones.
 
-    Those torch computes itself in its default format, and leaves to cuDNN in channels_last, which is slow at them in
-    float32 (pytorch#15513).
+    Those torch computes itself in its default format, and leaves to cuDNN in channels_last, which prepares them for
+    seconds for each new number of rows (benchmarks/results/h200.md).
     """
     convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d | ThinConv2d)]
     depthwise = any(conv.groups == conv.in_channels > 1 for conv in convolutions if isinstance(conv, nn.Conv2d))
