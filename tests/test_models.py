@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from robust.errors import InputError
 from robust.models import imagenet, list_models, load_model
 from robust.models.download import from_hugging_face, from_torch_hub
-from robust.models.model import Model, Preprocess
+from robust.models.model import Model, Preprocess, fingerprint
 
 SMALL = "shufflenet_v2_x0_5"  # of torchvision: 5 MB, and a linear classifier
 
@@ -202,6 +202,35 @@ def test_the_fingerprint_tells_weights_apart_and_nothing_else(tmp_path: Path) ->
     first, again = (load_model(SMALL, tmp_path / "a.pth") for _ in range(2))
     other = load_model(SMALL, tmp_path / "b.pth")
     assert first.fingerprint == again.fingerprint != other.fingerprint
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale: float):
+        super().__init__()
+        self.scale = scale
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}"
+
+
+def small_net(
+    stride: int = 1, eps: float = 1e-5, scale: float = 1.0, activation: type[nn.Module] = nn.ReLU
+) -> nn.Module:
+    parts = nn.Conv2d(3, 4, 3, stride), nn.BatchNorm2d(4, eps), activation(), Scaled(scale)
+    net = nn.Sequential(*parts)
+    for tensor in net.state_dict().values():
+        tensor.fill_(1)
+    return net
+
+
+def test_the_fingerprint_sees_what_no_weight_shows() -> None:
+    nets = small_net(), small_net(stride=2), small_net(eps=1e-3), small_net(scale=2.0), small_net(activation=nn.ReLU6)
+    assert len({fingerprint(net) for net in nets}) == len(nets)
+
+
+def test_the_fingerprint_is_that_of_every_version_of_torch() -> None:
+    """A baseline outlives the torch that it was made with."""
+    assert fingerprint(small_net())[:16] == "05531a34cb290601"
 
 
 # torchvision

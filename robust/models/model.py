@@ -61,7 +61,8 @@ class Model:
 def fingerprint(module: nn.Module, *extra: str) -> str:
     """SHA-256 over every parameter and buffer (name, dtype, shape, bytes), the layer structure, and `extra`."""
     digest = hashlib.sha256()
-    for text in (str(module), *extra):
+    layers = (f"{name} {type(part).__name__}({_hyperparameters(part)})" for name, part in module.named_modules())
+    for text in (*layers, *extra):
         digest.update(text.encode() + b"\0")
     for name, tensor in sorted(module.state_dict().items()):
         if not isinstance(tensor, Tensor):  # what a layer saves besides, from get_extra_state
@@ -71,3 +72,15 @@ def fingerprint(module: nn.Module, *extra: str) -> str:
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(raw.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _hyperparameters(layer: nn.Module) -> str:
+    """'kernel_size=(3, 3), stride=(1, 1)': of torch's own layers their constants.
+
+    What they print changes by version: torch 2.14 names an argument of batch-norms that 2.11 does not.
+    """
+    constants = sorted(getattr(layer, "__constants__", None) or ())
+    said = [f"{name}={getattr(layer, name, None)}" for name in constants]
+    if not constants or not type(layer).extra_repr.__module__.startswith("torch."):
+        said.append(layer.extra_repr())
+    return ", ".join(said)
