@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -75,18 +77,22 @@ def test_without_onednn(monkeypatch):
     assert_exact(im2col, DIFFERING, torch.float32)
 
 
-@pytest.mark.parametrize("length, count", [(1, 1), (512, 1), (576, 2), (1152, 3), (1280, 4), (4608, 9), (1031, 1)])
+@pytest.mark.parametrize(
+    "length, count", [(1, 1), (512, 1), (576, 2), (1152, 3), (1280, 4), (4608, 9), (1031, 3), (0, 1)]
+)
 def test_pieces(length, count):
     b = torch.arange(3.0 * length).view(3, length)
     found = product.pieces(b)
-    assert found.shape == (count, 3, length // count) and found.is_contiguous()
-    assert torch.equal(torch.cat([*found], 1), b)
+    assert found.shape == (count, 3, math.ceil(length / count)) and found.is_contiguous()
+    joined = torch.cat([*found], 1)
+    assert torch.equal(joined[:, :length], b) and not joined[:, length:].any()
 
 
-def test_long_sums_round_as_short_ones():
+@pytest.mark.parametrize("length", [4096, 4093])  # the second is prime
+def test_long_sums_round_as_short_ones(length):
     """In one piece the error at 4,096 is 1.5 times that at 512, unless oneDNN itself cuts it, as some versions do."""
     generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(64, 4096, generator=generator), torch.randn(48, 4096, generator=generator)
+    a, b = torch.randn(64, length, generator=generator), torch.randn(48, length, generator=generator)
     if not product._has_onednn(a):
         pytest.skip("by another library than oneDNN")
     short, long = (
@@ -100,14 +106,16 @@ def test_long_sums_round_as_short_ones():
 @pytest.mark.parametrize("shifted", [True, False])
 @pytest.mark.parametrize("added", [True, False])
 @pytest.mark.parametrize("relu", [True, False])
-def test_product_and_its_epilogue(shifted, added, relu, onednn, monkeypatch):
-    monkeypatch.setattr(product, "LONGEST", 3)  # seven products: more than a piece, and in no equal pieces but one each
+@pytest.mark.parametrize("k, longest, count", [(8, 4, 2), (29, 6, 5)])  # in equal pieces, and with a shorter one
+def test_product_and_its_epilogue(k, longest, count, shifted, added, relu, onednn, monkeypatch):
+    monkeypatch.setattr(product, "LONGEST", longest)
     if not onednn:
         monkeypatch.setattr(product, "_has_onednn", lambda a: False)
     generator = torch.Generator().manual_seed(0)
-    a, b, residual = (torch.randint(-3, 4, shape, generator=generator).float() for shape in ((5, 7), (4, 7), (5, 4)))
+    a, b, residual = (torch.randint(-3, 4, shape, generator=generator).float() for shape in ((5, k), (4, k), (5, 4)))
     shift = torch.tensor([-1.0, 0, 3, 8])
     epilogue = Epilogue(shift if shifted else None, residual if added else None, relu)
+    assert len(product.pieces(b)) == count
     y = product.product(a, product.pieces(b), epilogue)
     expected = a @ b.t() + shifted * shift + added * residual
     assert torch.equal(y, expected.relu() if relu else expected)

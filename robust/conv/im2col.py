@@ -87,7 +87,7 @@ def pixels_first(x: Tensor) -> Tensor:
 
 
 def _packed(weight: Tensor, groups: int) -> Tensor:
-    """(groups, pieces, K / groups, R·S·C / groups / pieces), see `pieces`; depthwise, (R·S, K)."""
+    """(groups, pieces, K / groups, length) of R·S·C / groups columns, see `pieces`; depthwise, (R·S, K)."""
     k = weight.shape[0]
     if groups > 1 and weight.shape[1] == 1:
         return weight.flatten(1).t().contiguous()
@@ -107,8 +107,8 @@ def _correlate(
     if matrix.ndim == 2:
         return _tap_by_tap(masked(x, mask), matrix, axes, stride, epilogue)
     rows, columns = axes
-    groups, count, k, length = matrix.shape
-    window = count * length
+    groups, _, k, _ = matrix.shape
+    window = len(rows.taps) * len(columns.taps) * x.shape[3] // groups
     y = x.new_empty(len(x), rows.count, columns.count, groups * k)
     values = columns.count * groups * window
     if window * groups == x.shape[3]:  # 1 x 1: nothing is written out

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from robust.conv.algorithm import BARE, Epilogue
 
@@ -9,14 +10,15 @@ LONGEST = 512  # products in one sum
 
 
 def pieces(b: Tensor) -> Tensor:
-    """(pieces, N, K / pieces) from (N, K): each sum in as few equal pieces as are not longer than LONGEST.
+    """(pieces, N, length) from (N, K): each sum in as few equal pieces as are not longer than LONGEST.
 
-    In one, where that would take far more pieces than necessary.
+    Where that would take far more of them than necessary, the last one is shorter, and filled up with zeros.
     """
-    length = b.shape[1]
-    fewest = -(-length // LONGEST)
-    count = next((n for n in range(fewest, 4 * fewest) if length % n == 0), 1)
-    return b.view(len(b), count, -1).transpose(0, 1).contiguous()
+    k = b.shape[1]
+    fewest = max(1, -(-k // LONGEST))
+    count = next((n for n in range(fewest, 4 * fewest) if k % n == 0), fewest)
+    length = -(-k // count)
+    return F.pad(b, (0, count * length - k)).view(len(b), count, length).transpose(0, 1).contiguous()
 
 
 def product(a: Tensor, b: Tensor, epilogue: Epilogue = BARE) -> Tensor:
@@ -27,12 +29,13 @@ def product(a: Tensor, b: Tensor, epilogue: Epilogue = BARE) -> Tensor:
     the other: in pieces, the rounding errors of a long sum stay as small as those of a short one.
     """
     if not _has_onednn(a):
-        return epilogue.apply_(torch.mm(a, b.transpose(0, 1).flatten(1).t()), axis=-1)
+        return epilogue.apply_(torch.mm(a, b.transpose(0, 1).flatten(1)[:, : a.shape[1]].t()), axis=-1)
     linear, y, shift = torch.ops.mkldnn._linear_pointwise, epilogue.residual, epilogue.shift
     if len(b) == 1 and y is None:
         return linear(a, b[0], shift, "relu" if epilogue.relu else "none", [], "")
-    for columns, piece in zip(a.chunk(len(b), dim=1), b, strict=True):
-        columns = columns.contiguous()  # oneDNN takes a thousand times as long for others
+    for columns, piece in zip(a.split(b.shape[2], dim=1), b, strict=False):  # a piece of zeros alone has no columns
+        # oneDNN takes a thousand times as long for others.
+        columns, piece = columns.contiguous(), piece[:, : columns.shape[1]].contiguous()
         y = (
             linear(columns, piece, shift, "none", [], "")
             if y is None
