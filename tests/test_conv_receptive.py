@@ -240,6 +240,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, int]]] = {
     "normalize": (lambda x: F.normalize(x), (2, 1)),
     "local response norm": (lambda x: F.local_response_norm(x, 2), (2, 1)),
     "mean of rows": (lambda x: x.mean(2, keepdim=True), (0, 1)),
+    "mean of rows, as numpy says it": (lambda x: x.mean(axis=2, keepdim=True), (0, 1)),
     "sum of channels": (lambda x: x.sum(1).unsqueeze(1), (2, 1)),
     "largest by channel": (lambda x: torch.max(x, dim=1, keepdim=True).values, (2, 1)),
     "largest of column": (lambda x: torch.amax(x, 3).unsqueeze(3), (2, 0)),
@@ -366,6 +367,16 @@ def test_the_projects_own_layers_see_what_torchs_see() -> None:
     assert fields["7"][0].stride > 0 and fields["7"][1] == Field(1, start=0, stride=0, size=41)
 
 
+class Deformable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Conv2d(2, 18, 3, padding=1)
+        self.conv = torchvision.ops.DeformConv2d(2, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x, self.offset(x))
+
+
 class Overwritten(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x.clone()
@@ -406,6 +417,12 @@ def test_a_layer_that_cannot_be_followed_is_named(name: str) -> None:
     layer, words = REFUSED[name]
     with pytest.raises(InputError, match=rf"^layer 1 \({type(layer).__name__}\): {words}"):
         receptive_fields(nn.Sequential(nn.Conv2d(3, 2, 3), layer), (3, 20, 17))
+
+
+def test_a_window_that_another_input_moves_is_not_believed() -> None:
+    words = r"^layer 1.conv \(DeformConv2d\): which values of its inputs deform_conv2d makes an output of is not known"
+    with pytest.raises(InputError, match=words):
+        receptive_fields(nn.Sequential(nn.Conv2d(3, 2, 3), Deformable()), (3, 20, 17))
 
 
 def test_control_flow_is_followed_and_every_run_of_a_layer_has_its_field() -> None:

@@ -331,7 +331,7 @@ def _pair(value: Any) -> Pair:
     return first, rest[0] if rest else first
 
 
-_reducing = _mixing(lambda call: call.argument("dim", 1))
+_reducing = _mixing(lambda call: call.argument("dim", 1, call.kwargs.get("axis")))  # which torch takes for it
 _features = _mixing(lambda call: range(1, call.inputs[0].ndim))
 
 RULES: dict[str, Rule] = {

@@ -64,6 +64,11 @@ def _is_part(tensor: Tensor) -> bool:
     return tensor._base is not None and tensor._base.shape != tensor.shape
 
 
+def _is_believed(part: nn.Module, inputs: list[_Watched]) -> bool:
+    """Whether what a module says of its window is taken: not where a second input tells the window where to look."""
+    return len(inputs) == 1 and has_window(part)
+
+
 class _Watch:
     """One run of a network."""
 
@@ -92,7 +97,7 @@ class _Watch:
     def enter(self, name: str, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         inputs = [tensor for tensor in tensors((args, kwargs)) if isinstance(tensor, _Watched)]
         self.running.append((name, part, inputs))
-        if not (inputs and has_window(part)):
+        if not _is_believed(part, inputs):
             return None
         with torch._C.DisableTorchFunctionSubclass():
             return changed((args, kwargs), lambda tensor: tensor.as_subclass(Tensor))
@@ -100,7 +105,7 @@ class _Watch:
     def leave(self, part: nn.Module, args: tuple, output: Any) -> Any:
         layer = self.layer
         name, _, inputs = self.running.pop()
-        if inputs and has_window(part) and isinstance(output, Tensor):
+        if _is_believed(part, inputs) and isinstance(output, Tensor):
             call = Call("", part, (), {}, list(inputs), [x.axes for x in inputs], [output], self.size, layer)
             output = self.over(output, believed_axes(part, call))
         if inputs and not all(isinstance(tensor, _Watched) for tensor in tensors(output)):
