@@ -11,6 +11,7 @@ import sqlite3
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO
@@ -57,7 +58,7 @@ SkipBadImages = Annotated[
 def main(command: Callable[..., Any]) -> NoReturn:
     """Run a typer command function on sys.argv, and exit."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-    app.command()(command)
+    app.command()(_interruptible(command))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a dash that the encoding lacks is no reason to fail
             stream.reconfigure(errors="replace")
@@ -83,6 +84,20 @@ def main(command: Callable[..., Any]) -> NoReturn:
         if usage is None:
             _fault()
         _fail(f"{usage()} (see --help)")
+
+
+def _interruptible(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Ctrl-C while there is nothing yet to go on with, as in the seconds that importing torch takes."""
+
+    @wraps(command)
+    def run(*args: Any, **options: Any) -> Any:
+        try:
+            return command(*args, **options)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return run
 
 
 def _run(app: typer.Typer) -> int:

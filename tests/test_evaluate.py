@@ -389,6 +389,15 @@ def test_a_run_begun_before_there_was_an_option_is_continued(project, capsys):
     assert (project / "out" / "samples.csv").read_bytes() == (project / "whole" / "samples.csv").read_bytes()
 
 
+def test_ctrl_c_before_there_is_anything_to_keep(project, capsys, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("robust.models.load_model", interrupted)
+    assert run(f"{COMMON} --output out", capsys) == (130, "", "interrupted\n")
+    assert not (project / "out").exists()
+
+
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(project):
     process = start(f"{SLOW} --output out", project)
     wait_for(lambda: units(project / "out") >= 1)
