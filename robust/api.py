@@ -19,6 +19,7 @@ from reports import write_reports
 from reports.answer import answer
 from robust.data import load_data
 from robust.data.batches import from_batches
+from robust.data.images import size_text
 from robust.data.sample import Dataset, Sample
 from robust.environment import environment, now
 from robust.errors import InputError
@@ -29,6 +30,7 @@ from robust.models.prepare import frozen
 from robust.models.probe import check_parameters, count_classes, describe
 from robust.models.scratch import from_scratch
 from robust.options import Options, default_attacks, parse_eps, parse_names, parse_number
+from robust.precision import undisturbed
 from robust.store import FILENAME, Finding, Store, differences, holds_run
 
 
@@ -66,6 +68,7 @@ class Run:
         return output
 
 
+@undisturbed()
 @torch.random.fork_rng(devices=())  # a DataLoader draws a seed from it when it is read
 def run(
     model: nn.Module | Model | str,
@@ -127,6 +130,8 @@ def run(
         was interrupted is continued.
     save_adversarials: keep every adversarial, in `output`'s adversarials.npz.
 
+    torch.autocast and another default dtype around the call do not reach it. Calls from several threads take turns.
+
     An option goes to those of the attacks that take it (`attacks.takes`); the others keep their own.
 
     Raises InputError, whose message is one line, for anything wrong with the arguments; so for an option that none
@@ -181,6 +186,9 @@ def run(
         raise InputError("limit needs a data spec; shorten the iterable instead")
     else:
         dataset = data if isinstance(data, Dataset) else from_batches(data)
+        if isinstance(model, Model):
+            first, dataset = _peek(dataset)
+            _check_size(model, first)
     if isinstance(model, nn.Module):
         first, dataset = _peek(dataset)
         model = _wrap(model, first, class_names)
@@ -291,6 +299,16 @@ def _peek(data: Dataset) -> tuple[Sample, Dataset]:
     if first is None:
         raise InputError(f"no image to evaluate in {data.name}")
     return first, _ReadOnce(data, chain([first], samples))
+
+
+def _check_size(model: Model, first: Sample) -> None:
+    """InputError where a model by its spec takes other images: another size it might read, and see less in it."""
+    shape = tuple(first.x.shape)
+    if model.input_size is not None and shape != model.input_size:
+        raise InputError(
+            f"the images are {size_text(shape)}, and {model.name} takes {size_text(model.input_size)}: prepare them at "
+            "that size, or name another by input_size"
+        )
 
 
 @dataclass(frozen=True)

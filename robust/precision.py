@@ -1,7 +1,8 @@
 """In which precision torch multiplies, and that it does so the same way every time."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from threading import RLock
 
 import torch
 
@@ -30,3 +31,21 @@ def arithmetic(precision: str) -> Iterator[None]:
     finally:
         cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
         torch.set_float32_matmul_precision(matmul)
+
+
+_TURN = RLock()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Without what code around it asked of torch: no autocast, and new tensors in float32; it comes back afterwards.
+
+    Threads take turns: modes, precision and random numbers are those of the process, and a module's mode is its own.
+    """
+    with _TURN, ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        yield

@@ -110,7 +110,7 @@ class Robustness:
             raise InputError(
                 "there is nothing to hold the run against: give min_accuracy, or a baseline (--robust-baseline FILE)"
             )
-        section = None if file is None else _sections(file).get(key)
+        section = None if file is None else _sections(file, self._config).get(key)
         if file is not None and section is None and not update:
             raise InputError(
                 f"{file} has no baseline for {key}: record it with pytest --robust-baseline {file} --robust-update"
@@ -126,38 +126,45 @@ class Robustness:
         for report in _REPORTS:
             REPORTS[report](done.store, folder)
         current = baseline.from_store(done.store)
-        before = None if section is None else _unpacked(section, folder / "before.json", f"{file} ({key})")
-
-        accepted = ""
+        said = "; ".join(_doubts(done))
+        before, damage = None, ""
+        if section is not None:
+            try:
+                before = _unpacked(section, folder / "before.json", f"{file} ({key})")
+            except InputError as error:
+                if not update:
+                    raise
+                damage = str(error)
         if update:
-            accepted, before = _difference(before, current), None
+            said, before = damage or _difference(before, current), None
         # Without a baseline the run is held against itself: nothing fell, and the least accuracies remain.
         try:
             comparison = gate.compare(before or current, current, rules)
         except gate.Incomparable as error:
             raise InputError(f"{error}; if the check was changed on purpose, add --robust-update") from None
-        report_path = folder / "report.html"
+        shown = _shown(folder, self._config)
+        report_path = shown / "report.html"
         if before is not None:
-            report_path = folder / "compare.html"
+            report_path = shown / "compare.html"
             _write_comparison(comparison, folder)
         passed = comparison.passed
         if update and passed:
             baseline.write_baseline(current, folder / baseline.BASELINE)
-        said = comparison.answer if before is not None else done.answer
+        answer = comparison.answer if before is not None else done.answer
         self._node.user_properties += [
-            (f"robustness{'' if name is None else f' [{name}]'}", said),
+            (f"robustness{'' if name is None else f' [{name}]'}", answer),
             (f"robustness report{'' if name is None else f' [{name}]'}", str(report_path)),
         ]
         self._checks.append(
             {
                 "key": key,
                 "outcome": ("recorded" if update else "passed") if passed else "failed",
-                "said": accepted,
+                "said": said,
                 "report": str(report_path),
                 "section": str(folder / baseline.BASELINE) if update and passed else "",
             }
         )
-        return done, "" if passed else "\n".join(_explain(comparison, before is not None, folder, file))
+        return done, "" if passed else "\n".join(_explain(comparison, before is not None, shown, file))
 
     def close(self) -> None:
         """Let go of the runs."""
@@ -186,7 +193,8 @@ class Robustness:
 def robustness(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Robustness]:
     """Adversarial robustness checks: robustness.check(model, data, attack=..., norm=..., eps=..., min_accuracy=...)."""
     folder = request.config.getoption("robust_reports")
-    checks = Robustness(request, Path(folder) if folder else tmp_path_factory.getbasetemp() / "robustness")
+    given = _placed(folder, request.config) if folder else tmp_path_factory.getbasetemp() / "robustness"
+    checks = Robustness(request, given)
     yield checks
     checks.close()
 
@@ -219,11 +227,11 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--robust-update needs to know which file: add --robust-baseline FILE")
     if file is not None:
         try:
-            _sections(file)
+            _sections(file, config)
         except InputError as error:
             raise pytest.UsageError(str(error)) from None
     if not hasattr(config, "workerinput"):  # a worker of pytest-xdist, whose checks come to the controller in reports
-        config.pluginmanager.register(_Session(file), "robust-session")
+        config.pluginmanager.register(_Session(file, config), "robust-session")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -243,8 +251,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
 class _Session:
     """Gathers the checks of all tests, in the process that the user started."""
 
-    def __init__(self, file: str | None):
-        self._file = file
+    def __init__(self, file: str | None, config: pytest.Config):
+        self._file, self._config = file, config
         self._checks: dict[str, dict[str, str]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -258,8 +266,11 @@ class _Session:
         try:
             sections = {key: json.loads(Path(path).read_text("utf-8")) for key, path in recorded.items()}
             # Tests that did not run keep theirs.
-            document = {"checks": _sections(self._file) | sections}
-            write_text(Path(self._file), json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+            document = {"checks": _sections(self._file, self._config) | sections}
+            write_text(
+                _placed(self._file, self._config),
+                json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
+            )
         except (OSError, InputError) as error:
             pytest.exit(f"cannot write {self._file}: {error}", pytest.ExitCode.USAGE_ERROR)
 
@@ -301,10 +312,21 @@ def _run_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"attacks" if name == "attack" else name: value for name, value in settings.items()}
 
 
-def _sections(file: str) -> dict[str, Any]:
+def _placed(path: str, config: pytest.Config) -> Path:
+    """Beside where pytest was called, for a test may be elsewhere."""
+    return config.invocation_params.dir / path
+
+
+def _shown(path: Path, config: pytest.Config) -> Path:
+    """As it is named from there."""
+    called = config.invocation_params.dir
+    return path.relative_to(called) if path.is_relative_to(called) else path
+
+
+def _sections(file: str, config: pytest.Config) -> dict[str, Any]:
     """The baselines in the file: check -> what `robust.baseline.write_baseline` writes. {} where there is no file."""
     try:
-        document = json.loads(Path(file).read_text("utf-8"))
+        document = json.loads(_placed(file, config).read_text("utf-8"))
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -326,6 +348,13 @@ def _unpacked(section: Any, path: Path, source: str) -> Verdicts:
         return replace(read(path), source=source)
     except InputError as error:
         raise InputError(str(error).replace(str(path), source)) from None
+
+
+def _doubts(run: Run) -> Iterator[str]:
+    """Why the run's numbers may be too good, as far as its checks of the model say."""
+    from robust.gate import MODEL_CHECKS
+
+    yield from (finding.message for finding in run.findings if finding.name in MODEL_CHECKS and finding.level != "pass")
 
 
 def _difference(before: Verdicts | None, current: Verdicts) -> str:

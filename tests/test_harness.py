@@ -569,6 +569,53 @@ def test_a_finished_run_is_loaded_and_written_anew(model, data, tmp_path):
         robust.load(tmp_path / "none")
 
 
+@pytest.mark.parametrize("shape", [(3, 28, 28), (1, 32, 32)])
+def test_images_of_another_size_than_a_spec_takes_are_refused(shape):
+    """It might read them all the same: of one channel, a normalisation makes three."""
+    with pytest.raises(InputError, match=r"the images are \d x \d+ x \d+ .*, and mnist_cnn takes 1 x 28 x 28 "):
+        robust.run("mnist_cnn", [(torch.rand(2, *shape), torch.tensor([0, 1]))], attacks=["fgsm"], eps=0.1)
+
+
+def test_autocast_and_default_dtype_around_a_run_do_not_reach_it(model, data):
+    """Else points that fool the rounded network alone would be confirmed by it."""
+
+    class Watching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.seen = model, set()
+
+        def forward(self, x):
+            y = self.net(x)
+            self.seen |= {x.dtype, y.dtype}
+            return y
+
+    watching = Watching()
+    plain = robust.run(model, data, attacks=["pgd"], eps=0.02, steps=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = robust.run(watching, data, attacks=["pgd"], eps=0.02, steps=3)
+        assert torch.is_autocast_enabled("cpu")
+    assert verdicts(found) == verdicts(plain) and watching.seen == {torch.float32}
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = robust.run(watching, data, attacks=["pgd"], eps=0.02, steps=3)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert verdicts(found) == verdicts(plain) and watching.seen == {torch.float32}
+
+
+def test_runs_in_several_threads_take_turns(model, data):
+    """Each would put the modes back that it found, and find the other's."""
+    network = nn.Sequential(nn.BatchNorm2d(3), model).train()
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    alone = robust.run(network, data, attacks=["pgd"], eps=0.02, steps=3)
+    with ThreadPoolExecutor(3) as pool:
+        runs = list(pool.map(lambda _: robust.run(network, data, attacks=["pgd"], eps=0.02, steps=3), range(3)))
+    assert all(verdicts(run) == verdicts(alone) for run in runs)
+    assert network.training and all(parameter.requires_grad for parameter in network.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+
+
 def test_a_run_made_in_a_thread_is_read_in_another(model, data):
     with ThreadPoolExecutor() as pool:
         run = pool.submit(robust.run, model, data, attacks=["noise"], eps=0.1).result()

@@ -402,6 +402,19 @@ def test_weights_are_found_however_they_were_saved(
         assert torch.equal(model.module.state_dict()[f"1.{name}"], tensor)
 
 
+@pytest.mark.parametrize(
+    ("key", "average", "prefix"), [("state_dict", "state_dict_ema", ""), ("model", "model_ema", "module.")]
+)
+def test_two_sets_of_weights_are_refused(key: str, average: str, prefix: str, small: nn.Module, tmp_path: Path) -> None:
+    """As timm and torchvision save them: the average is what they report, the first is what was found so far."""
+    state = small.state_dict()
+    averaged = {f"{prefix}{name}": tensor for name, tensor in state.items()} | {"n_averaged": torch.tensor(3)}
+    torch.save({key: state, average: averaged, "optimizer": {"state": {}}}, tmp_path / "a.pth")
+    words = f"two sets of weights, {key} and {average}, .*: save the one that is meant"
+    with pytest.raises(InputError, match=words):
+        load_model(SMALL, tmp_path / "a.pth")
+
+
 @pytest.mark.parametrize("spec", [SMALL, "timm:test_efficientnet"])
 def test_a_checkpoint_with_other_classes_makes_a_network_with_them(spec: str, tmp_path: Path) -> None:
     make = timm.create_model if spec.startswith("timm") else torchvision.models.get_model

@@ -83,6 +83,49 @@ def sections(pytester) -> dict:
 # Without a baseline
 
 
+def test_a_check_whose_gradients_are_blind_says_so_beside_that_it_passed(suite):
+    blind = (
+        ONE_TEST.replace("(model,", "(lambda_(model),").replace("0.2)", "0)")
+        + """
+    class lambda_(__import__("torch").nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return (self.net(x) * 1e4).softmax(1)
+    """
+    )
+    result = suite(blind)
+    result.assert_outcomes(passed=1)
+    (line,) = [line for line in result.outlines if line.startswith(f"passed {KEY}: ")]
+    assert "blind" in line and "probabilities" in line
+
+
+def test_a_test_that_changes_the_working_directory_uses_the_same_files(suite, pytester):
+    moved = ONE_TEST.replace(
+        "model, data):", "model, data, monkeypatch, tmp_path):\n        monkeypatch.chdir(tmp_path)"
+    )
+    suite(moved, *UPDATE).assert_outcomes(passed=1)
+    assert set(sections(pytester)) == {KEY}
+    result = suite(moved, *BASELINE)
+    result.assert_outcomes(passed=1)
+    assert (pytester.path / "out").is_dir()
+
+
+def test_a_damaged_section_is_replaced_by_an_update(suite, pytester):
+    suite(ONE_TEST, *UPDATE).assert_outcomes(passed=1)
+    whole = sections(pytester)
+    edited = whole[KEY] | {"verdicts": whole[KEY]["verdicts"] | {"clean_accuracy": 0.1}}
+    (pytester.path / "b.json").write_text(json.dumps({"checks": {KEY: edited}}))
+    result = suite(ONE_TEST, *BASELINE)
+    assert "it was edited" in failure(result)[0]
+    result = suite(ONE_TEST, *UPDATE)
+    assert any(line.startswith(f"recorded {KEY}: ") and "it was edited" in line for line in result.outlines)
+    assert sections(pytester) == whole
+    suite(ONE_TEST, *BASELINE).assert_outcomes(passed=1)
+
+
 def test_a_check_that_passes_leaves_its_report(suite, pytester):
     result = suite(ONE_TEST)
     result.assert_outcomes(passed=1)

@@ -43,6 +43,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is corrupt or no checkpoint: download or save it again") from error
     for key in CONTAINERS:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
+            if other := _like(state, key):
+                raise InputError(
+                    f"{path} holds two sets of weights, {key} and {other}, as training with a moving average does: "
+                    f"save the one that is meant, torch.save(torch.load(FILE, weights_only=True)[{other!r}], OTHER)"
+                )
             state = state[key]
     if (
         not isinstance(state, dict)
@@ -54,6 +59,16 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if all(name.startswith(prefix) for name in state):
             consume_prefix_in_state_dict_if_present(state, prefix)
     return state
+
+
+def _like(container: dict[str, Any], key: str) -> str | None:
+    """What else in the container has tensors of all the names that are under the key."""
+    names = {name.removeprefix("module.") for name in container[key] if isinstance(name, str)}
+    for other, value in container.items():
+        if other != key and isinstance(value, dict) and names:
+            if names <= {name.removeprefix("module.") for name, tensor in value.items() if isinstance(tensor, Tensor)}:
+                return str(other)
+    return None
 
 
 def load_into(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:

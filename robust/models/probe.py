@@ -25,7 +25,7 @@ def count_classes(module: nn.Module, size: Size) -> int:
     check_parameters(module)
     parameter = next(module.parameters(), torch.empty(0))
     try:
-        x = torch.rand(2, *size, generator=torch.Generator().manual_seed(0)).to(parameter.device)
+        x = torch.rand(2, *size, generator=torch.Generator().manual_seed(0), device="cpu").to(parameter.device)
         with torch.no_grad(), torch.random.fork_rng():  # the network may be random
             logits = module(x)
         fault = _fault(logits)
