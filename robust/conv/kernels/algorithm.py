@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -113,6 +114,7 @@ def _joined(turned: Tensor, geometry: Geometry) -> Tensor:
     return weight
 
 
+@cache
 def _reach(geometry: Geometry) -> tuple[Pair, Pair]:
     """From the output that a block of pixels begins at, by axis: how many before it the phases see, and from it on."""
     axes = [[phase for phase in axis if phase.taps] for axis in zip(*geometry.phases(geometry.stride), strict=True)]
