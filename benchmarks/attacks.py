@@ -9,6 +9,10 @@ turns, and the ratio printed is the median over the rounds of (peer / robust): a
 process of its own, as its users would run it: what one leaves behind, such as the C library's memory, another would
 profit from. Robust accuracy is counted on a fresh forward pass of what each method returns, over all images. "robust"
 is the whole of `robust.run`: clean pass, attack, re-verification, 8-bit check, store.
+
+The others are called as their users call them: foolbox and adversarial-robustness-toolbox take the gradients of
+unfrozen parameters too, and all but pyautoattack attack images that the network gets wrong anyway. With --alike all
+have frozen parameters and the images that the network gets right.
 """
 
 import multiprocessing
@@ -140,7 +144,7 @@ def stands(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return model(x.detach()).argmax(1) == y
 
 
-def compare(title: str, methods: Mapping[str, Method], case: Case, shared: Path, rounds: int) -> None:
+def compare(title: str, methods: Mapping[str, Method], case: Case, shared: Path, rounds: int, alike: bool) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     standing: dict[str, list[int]] = {name: [] for name in methods}
     with ExitStack() as stack:
@@ -150,10 +154,11 @@ def compare(title: str, methods: Mapping[str, Method], case: Case, shared: Path,
         for turn in range(rounds):
             order = list(methods)
             for name in order[turn % len(order) :] + order[: turn % len(order)]:
-                took, stood = processes[name].submit(take_turn, methods[name], case, shared, turn).result()
+                took, stood = processes[name].submit(take_turn, methods[name], case, shared, turn, alike).result()
                 seconds[name].append(took)
                 standing[name].append(stood)
-    print(f"\n{case.factory}, linf {case.said}, {case.images} images, {title}, {rounds} rounds\n")
+    which = f"those right of {case.images}" if alike else str(case.images)
+    print(f"\n{case.factory}, linf {case.said}, {which} images, {title}, {rounds} rounds\n")
     print("| method | seconds, median | ratio to robust | images that stand |\n|---|---|---|---|")
     for name in methods:
         ratios = [theirs / own for theirs, own in zip(seconds[name], seconds["robust"], strict=True)]
@@ -161,10 +166,15 @@ def compare(title: str, methods: Mapping[str, Method], case: Case, shared: Path,
         print(f"| {name} | {statistics.median(seconds[name]):.2f} | {statistics.median(ratios):.2f} | {range_of} |")
 
 
-def take_turn(method: Method, case: Case, shared: Path, turn: int) -> tuple[float, int]:
+def take_turn(method: Method, case: Case, shared: Path, turn: int, alike: bool) -> tuple[float, int]:
     """Seconds that the method takes, and how many images stand; in its own process."""
     warnings.simplefilter("ignore")
     model, (x, y) = load_network(shared, case.factory), load_images(shared, case.factory, case.images)
+    if alike:
+        model.requires_grad_(False)
+        with torch.no_grad():
+            right = model(x).argmax(1) == y
+        x, y = x[right], y[right]
     method(model, x[:8], y[:8], case.eps)  # warm up
     torch.manual_seed(turn)
     began = time.perf_counter()
@@ -201,6 +211,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Turns of every method.")] = 5,
     only: Annotated[str | None, typer.Option(help="Run one case, by the factory's name.")] = None,
     suite: Annotated[bool, typer.Option(help="AutoAttack instead of PGD.")] = False,
+    alike: Annotated[bool, typer.Option("--alike", help="Frozen parameters and right images for all.")] = False,
 ) -> None:
     """Print the tables as Markdown."""
     warnings.simplefilter("ignore")
@@ -212,8 +223,8 @@ def main(
     )
     for case in cases:
         if only in (None, case.factory):
-            compare(title, methods, case, shared, rounds)
-    if not suite and only in (None, "cifar10_resnet20"):
+            compare(title, methods, case, shared, rounds, alike)
+    if not suite and not alike and only in (None, "cifar10_resnet20"):
         ladder(shared, rounds)
 
 

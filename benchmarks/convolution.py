@@ -3,8 +3,8 @@
     python benchmarks/convolution.py                                             # ResNet-50, float32, on a CPU
     python benchmarks/convolution.py --device cuda --dtype bfloat16 --batch-size 256
 
-Weights are packed and frozen on both sides, as in an evaluation; both take turns, and a ratio is the median over the
-rounds of (torch / ours): above 1, ours is faster. On a CPU torch runs in its default memory format (and in
+Weights are frozen on both sides, and ours packed beforehand, as in an evaluation; both take turns, and a ratio is the
+median over the rounds of (torch / ours): above 1, ours is faster. On a CPU torch runs in its default memory format (and in
 channels_last, for the whole network); on a GPU in channels_last, and besides by cuDNN's operators with a fused
 epilogue and by torch.compile. There, what each shape achieves is set against what the device reaches in a large copy
 and in a large matrix product.

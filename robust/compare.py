@@ -111,7 +111,7 @@ def compare(
     one that merely wobbles passes. Whatever the rules, a check of the model that
     got worse (its mode, its gradients ...) fails.
     Exit codes: 0 pass, 1 regression, 2 the runs cannot be compared,
-    3 a fault of robust itself, 141 its output went unread.
+    3 a fault of robust itself, 130 interrupted, 141 its output went unread.
     """
     reports = {
         name: path
