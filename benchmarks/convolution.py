@@ -4,8 +4,8 @@
     python benchmarks/convolution.py --device cuda --dtype bfloat16 --batch-size 256
 
 Weights are frozen on both sides, and ours packed beforehand, as in an evaluation; both take turns, and a ratio is the
-median over the rounds of (torch / ours): above 1, ours is faster. On a CPU torch runs in its default memory format (and in
-channels_last, for the whole network); on a GPU in channels_last, and besides by cuDNN's operators with a fused
+median over the rounds of (torch / ours): above 1, ours is faster. On a CPU torch runs in its default memory format (and
+in channels_last, for the whole network); on a GPU in channels_last, and besides by cuDNN's operators with a fused
 epilogue and by torch.compile. There, what each shape achieves is set against what the device reaches in a large copy
 and in a large matrix product.
 
