@@ -11,7 +11,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
@@ -81,11 +81,8 @@ def compile_all(shape: Shape, dtype: torch.dtype) -> None:
     """Into Triton's cache on disk, by one small batch; what does not compile or fit is met again later."""
     for work in works(shape, 8, dtype).values():
         for tile in candidates(dtype):
-            with tile_of(tile):
-                try:
-                    work()
-                except Exception:  # Triton's own, by version
-                    continue
+            with tile_of(tile), suppress(Exception):  # Triton's own, by version
+                work()
 
 
 def with_tile(work: Work, tile: Tile | None) -> Work:

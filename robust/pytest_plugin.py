@@ -193,8 +193,8 @@ class Robustness:
 def robustness(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Robustness]:
     """Adversarial robustness checks: robustness.check(model, data, attack=..., norm=..., eps=..., min_accuracy=...)."""
     folder = request.config.getoption("robust_reports")
-    given = _placed(folder, request.config) if folder else tmp_path_factory.getbasetemp() / "robustness"
-    checks = Robustness(request, given)
+    reports = _placed(folder, request.config) if folder else tmp_path_factory.getbasetemp() / "robustness"
+    checks = Robustness(request, reports)
     yield checks
     checks.close()
 

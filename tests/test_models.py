@@ -408,11 +408,15 @@ def test_weights_are_found_however_they_were_saved(
 def test_two_sets_of_weights_are_refused(key: str, average: str, prefix: str, small: nn.Module, tmp_path: Path) -> None:
     """As timm and torchvision save them: the average is what they report, the first is what was found so far."""
     state = small.state_dict()
-    averaged = {f"{prefix}{name}": tensor for name, tensor in state.items()} | {"n_averaged": torch.tensor(3)}
+    averaged = {f"{prefix}{name}": tensor for name, tensor in state.items()}
+    averaged |= {"n_averaged": torch.tensor(3)} if prefix else {}
     torch.save({key: state, average: averaged, "optimizer": {"state": {}}}, tmp_path / "a.pth")
     words = f"two sets of weights, {key} and {average}, .*: save the one that is meant"
     with pytest.raises(InputError, match=words):
         load_model(SMALL, tmp_path / "a.pth")
+    torch.save(torch.load(tmp_path / "a.pth", weights_only=True)[average], tmp_path / "b.pth")  # as the error says
+    loaded = load_model(SMALL, tmp_path / "b.pth").module.state_dict()
+    assert all(torch.equal(loaded[f"1.{name}"], tensor) for name, tensor in state.items())
 
 
 @pytest.mark.parametrize("spec", [SMALL, "timm:test_efficientnet"])

@@ -55,6 +55,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
     ):
         raise InputError(f"{path} holds no state dict (names to tensors): save the model's state_dict()")
+    if any(name.startswith("module.") for name in state):
+        state.pop("n_averaged", None)  # how many weights torch's AveragedModel is the mean of
     for prefix in WRAPPERS:
         if all(name.startswith(prefix) for name in state):
             consume_prefix_in_state_dict_if_present(state, prefix)
