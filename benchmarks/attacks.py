@@ -8,7 +8,8 @@ everywhere, from a random start, and is timed beside the network alone; AutoAtta
 turns, and the ratio printed is the median over the rounds of (peer / robust): above 1, robust is faster. Each has a
 process of its own, as its users would run it: what one leaves behind, such as the C library's memory, another would
 profit from. Robust accuracy is counted on a fresh forward pass of what each method returns, over all images. "robust"
-is the whole of `robust.run`: clean pass, attack, re-verification, 8-bit check, store.
+is the whole of `robust.run`: clean pass, certificates, attack, re-verification, 8-bit check, store. Images that it
+certifies (`robust/certify.py`) no attack can break, and it leaves them out; "robust, all attacked" certifies nothing.
 
 The others are called as their users call them: foolbox and adversarial-robustness-toolbox take the gradients of
 unfrozen parameters too, and all but pyautoattack attack images that the network gets wrong anyway. With --alike all
@@ -24,6 +25,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -68,9 +70,9 @@ SUITE_CASES = (
 )
 
 
-def ours(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+def ours(model: nn.Module, x: Tensor, y: Tensor, eps: float, certify: bool = True) -> Tensor:
     batches = zip(x.split(BATCH), y.split(BATCH), strict=True)
-    run = robust.run(model, batches, attacks=["pgd"], eps=eps, steps=STEPS, batch_size=BATCH)
+    run = robust.run(model, batches, attacks=["pgd"], eps=eps, steps=STEPS, batch_size=BATCH, certify=certify)
     return torch.tensor(run.samples.robust.to_numpy())
 
 
@@ -121,8 +123,8 @@ def bare(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
     return torch.ones(len(x), dtype=torch.bool)
 
 
-def our_suite(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
-    run = robust.run(model, (x, y), attacks=["autoattack"], eps=eps, batch_size=SUITE_BATCH)
+def our_suite(model: nn.Module, x: Tensor, y: Tensor, eps: float, certify: bool = True) -> Tensor:
+    run = robust.run(model, (x, y), attacks=["autoattack"], eps=eps, batch_size=SUITE_BATCH, certify=certify)
     return torch.tensor(run.samples.robust.to_numpy())
 
 
@@ -134,9 +136,12 @@ def pyautoattack(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
 
 
 PGD: dict[str, Method] = {
-    "robust": ours, "foolbox": foolbox, "torchattacks": torchattacks, "art": art, "bare loop": bare,
+    "robust": ours, "robust, all attacked": partial(ours, certify=False),
+    "foolbox": foolbox, "torchattacks": torchattacks, "art": art, "bare loop": bare,
 }  # fmt: skip
-SUITE: dict[str, Method] = {"robust": our_suite, "pyautoattack": pyautoattack}
+SUITE: dict[str, Method] = {
+    "robust": our_suite, "robust, all attacked": partial(our_suite, certify=False), "pyautoattack": pyautoattack,
+}  # fmt: skip
 
 
 def stands(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import pandas as pd
 
 from robust.diagnostics import CONTROL
 from robust.errors import InputError
-from robust.statistics import WORST_CASE, wilson
+from robust.statistics import CERTIFIED, WORST_CASE, wilson
 from robust.store import Finding, Store
 from robust.units import format_count, format_eps, format_images, format_interval, format_percent
 
@@ -36,7 +36,7 @@ def strongest(summary: pd.DataFrame) -> str:
 
 def attack_label(attack: str) -> str:
     """What an attack of the summary is called before people."""
-    return {WORST_CASE: "worst case", CONTROL: "noise (control)"}.get(attack, attack)
+    return {WORST_CASE: "worst case", CONTROL: "noise (control)", CERTIFIED: "certified (proved)"}.get(attack, attack)
 
 
 def answer(store: Store, summary: pd.DataFrame | None = None) -> str:
@@ -55,12 +55,14 @@ def answer(store: Store, summary: pd.DataFrame | None = None) -> str:
     changes += _seen(row.norm, row.eps, _grayscale(store))
     interval = format_interval(row.ci_low, row.ci_high)
     left = f"{format_count(robust)} of {format_count(n)}"
+    certified = store.certified()[-1]
+    proved = f", {'all' if certified == robust else format_count(certified)} of them provably" if certified else ""
     if target is None:
-        return f"{clean} With {changes} {left} {_agreeing('remain', robust)} ({interval})."
+        return f"{clean} With {changes} {left} {_agreeing('remain', robust)} ({interval}){proved}."
     taken = correct - robust
     return (
         f"{clean} With {changes} {format_count(taken)} of the {format_count(correct)} {_agreeing('come', taken)} to be "
-        f"taken for ‘{target}’; {left} {_agreeing('withstand', robust)} ({interval})."
+        f"taken for ‘{target}’; {left} {_agreeing('withstand', robust)} ({interval}){proved}."
     )
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from reports.answer import attack_label
 from robust.diagnostics import CONTROL
 from robust.files import write_text
-from robust.statistics import WORST_CASE, wilson
+from robust.statistics import CERTIFIED, WORST_CASE, wilson
 from robust.store import Store
 from robust.units import format_eps, format_percent
 
@@ -51,8 +51,19 @@ PAPER = Layout(width=460, height=300, font=10, ticks=9)
 
 def write_curve(store: Store, folder: Path) -> None:
     """figures/curve.svg, a file that stands alone: black on nothing, its letters as outlines."""
-    svg = _svg(store.summary(), nearest(store), PAPER, fonttype="path", salt="paper")
+    svg = _svg(with_certified(store.summary(), store), nearest(store), PAPER, fonttype="path", salt="paper")
     write_text(folder / "figures" / "curve.svg", svg.replace(_INK, "#000000"))
+
+
+def with_certified(summary: pd.DataFrame, store: Store) -> pd.DataFrame:
+    """The summary, and below it a row an eps of what is certified, where anything is."""
+    counts = store.certified()
+    if not any(counts):
+        return summary
+    rows = summary[summary.attack == WORST_CASE].sort_values("eps")
+    shares = [count / int(rows.n.iloc[0]) for count in counts]
+    low, high = zip(*(wilson(count, int(rows.n.iloc[0])) for count in counts), strict=True)
+    return pd.concat([summary, rows.assign(attack=CERTIFIED, robust_accuracy=shares, ci_low=low, ci_high=high)])
 
 
 def nearest(store: Store) -> Nearest:
@@ -105,7 +116,8 @@ def _draw(summary: pd.DataFrame, distances: Nearest, layout: Layout) -> Figure:
     for attack, style in _styles(summary):
         eps, accuracy, low, high = _points(summary[summary.attack == attack])
         # Nothing is clipped: a marker at 0 % or 100 % is drawn whole, and no clip path needs a url().
-        axes.fill_between(eps, low, high, color=style["color"], alpha=0.08, linewidth=0, clip_on=False)
+        if attack != CERTIFIED:
+            axes.fill_between(eps, low, high, color=style["color"], alpha=0.08, linewidth=0, clip_on=False)
         if attack == WORST_CASE:
             if attack in exact:
                 (eps, accuracy), style = exact[attack], style | {"drawstyle": "steps-post"}
@@ -150,7 +162,7 @@ def _draw(summary: pd.DataFrame, distances: Nearest, layout: Layout) -> Figure:
 def _styles(summary: pd.DataFrame) -> Iterator[tuple[str, dict]]:
     """Each attack with how its line is drawn: the worst case first, thick and beneath, so that none hides it."""
     yield WORST_CASE, {"color": _INK, "linewidth": 6, "alpha": 0.35, "solid_capstyle": "round"}
-    attacks = [str(attack) for attack in summary.attack.unique() if attack not in (WORST_CASE, CONTROL)]
+    attacks = [str(attack) for attack in summary.attack.unique() if attack not in (WORST_CASE, CONTROL, CERTIFIED)]
     for k, attack in enumerate(attacks):
         yield (
             attack,
@@ -166,6 +178,8 @@ def _styles(summary: pd.DataFrame) -> Iterator[tuple[str, dict]]:
         yield CONTROL, {
             "color": _CONTROL_COLOUR, "marker": "X", "linestyle": "--", "linewidth": 2, "markersize": 7,
         }  # fmt: skip
+    if CERTIFIED in set(summary.attack):  # what is proved at one eps holds at all smaller ones
+        yield CERTIFIED, {"color": _INK, "linestyle": ":", "linewidth": 2, "drawstyle": "steps-pre"}
 
 
 def _points(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from reports.answer import answer, attack_label, headline, verdict
 from reports.breakdown import confusions, per_class
-from reports.curve import NARROW, WIDE, inline_svg, nearest
+from reports.curve import NARROW, WIDE, inline_svg, nearest, with_certified
 from reports.gallery import ROLES, Example, choose, data_uri, rule
 from reports.jsonreport import data_fingerprint
 from robust import units
@@ -77,7 +77,7 @@ def _context(store: Store, samples: pd.DataFrame, summary: pd.DataFrame) -> dict
     confused = confusions(samples, row.eps)
     attacks = list(_by_attack(summary))
     skipped = details.get("skipped_images") or 0
-    distances = nearest(store)
+    distances, drawn = nearest(store), with_certified(summary, store)
     return {
         "answer": answer(store, summary),
         "level": level,
@@ -90,7 +90,8 @@ def _context(store: Store, samples: pd.DataFrame, summary: pd.DataFrame) -> dict
         "skipped": skipped if isinstance(skipped, int) else len(skipped),
         "row": row,
         "clean": {"correct": correct, "interval": wilson(correct, int(row.n))},
-        "curves": [Markup(inline_svg(summary, distances, *kind)) for kind in ((WIDE, "wide"), (NARROW, "narrow"))],
+        "curves": [Markup(inline_svg(drawn, distances, *kind)) for kind in ((WIDE, "wide"), (NARROW, "narrow"))],
+        "certified": list(zip(sorted(summary.eps.unique()), store.certified(), strict=True)),
         "nearest": [_least(attack, found, correct) for attack, found in distances.items() if attack != WORST_CASE],
         "attacks": attacks,
         "control": next((rows[-1] for attack, rows in attacks if attack == CONTROL), None),

@@ -33,6 +33,7 @@ def write_json(store: Store, folder: Path) -> None:
         "attacks": details.get("attacks"),
         "summary": summary.to_dict("records"),
         "findings": [asdict(finding) for finding in findings],
+        "certified": {"by": details.get("certifier"), "images": store.certified()},
         "twin": {"description": details.get("twin"), "refuted": refuted, "overlooked": overlooked},
         "started": details.get("started"),
         "finished": details.get("finished"),

@@ -99,6 +99,7 @@ def run(
     output: str | Path | None = None,
     resume: bool = False,
     save_adversarials: bool = False,
+    certify: bool = True,
 ) -> Run:
     """Attack `model` on `data` and report its accuracy under perturbation.
 
@@ -129,6 +130,8 @@ def run(
     output: a run directory to write (store and reports); None keeps the run in memory. With `resume`, one that
         was interrupted is continued.
     save_adversarials: keep every adversarial, in `output`'s adversarials.npz.
+    certify: in linf, first prove what bounds on the logits can (CROWN-IBP, arXiv 1906.06316). No attack within a fixed
+        eps then runs where no adversarial exists; False has every attack run on every image that the model gets right.
 
     torch.autocast and another default dtype around the call do not reach it. Calls from several threads take turns.
 
@@ -159,6 +162,7 @@ def run(
         device=device or ("auto" if isinstance(model, str) else _device_of(model)),
         conv=conv,
         save_adversarials=bool(save_adversarials),
+        certify=bool(certify),
     )
     if not isinstance(output, str | Path | None):
         raise InputError(f"output must be a folder's path, not {output!r}")

@@ -164,7 +164,18 @@ def review(store: Store) -> Iterator[Finding]:
         f"{format_images(n)}: the 95 % interval is at most {width:.0f} points wide",
         f"only {format_images(n)}: the 95 % interval is up to {width:.0f} points wide",
     )
-    yield _strength(identity["options"], set(summary.attack) - {WORST_CASE}, details.get("attacks", []))
+    certified, standing = store.certified(), [round(share * n) for share in worst.robust_accuracy]
+    if certified[-1]:
+        yield Finding(
+            "certified",
+            "pass",
+            f"of the {format_images(standing[-1])} that stand at the largest eps, bounds on the logits prove "
+            f"{certified[-1]} (CROWN-IBP, arXiv 1906.06316)",
+        )
+    if certified == standing and certified[-1]:
+        yield Finding("attack strength", "pass", "no attack could break more: what stands is certified, at every eps")
+    else:
+        yield _strength(identity["options"], set(summary.attack) - {WORST_CASE}, details.get("attacks", []))
     for attack in details.get("attacks", []):
         for reason in attack.get("left_out", []):
             yield Finding(f"parts of {attack['name']}", "warn", f"{reason}; this is not the whole standard ensemble")

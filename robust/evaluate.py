@@ -95,6 +95,13 @@ def evaluate(
         str | None,
         typer.Option(help="Reach this class (name or index), rather than any wrong one.", rich_help_panel=_ATTACK),
     ] = None,
+    certify: Annotated[
+        bool,
+        typer.Option(
+            help="In linf: prove what bounds can; attacks are spared where nothing is to be found.",
+            rich_help_panel=_ATTACK,
+        ),
+    ] = True,
     batch_size: Annotated[int, typer.Option(help="Images evaluated at once.", rich_help_panel=_RUN)] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...", rich_help_panel=_RUN)] = "auto",
     seed: Annotated[int, typer.Option(help="Of every random number.", rich_help_panel=_RUN)] = 0,
@@ -145,6 +152,7 @@ def evaluate(
         device=device,
         conv=conv,
         save_adversarials=save_adversarials,
+        certify=certify,
     )
     if resume and output is None:
         raise InputError("--resume needs the --output of the run to continue")

@@ -1,8 +1,9 @@
 """From a model, data and options to verified verdicts in a store.
 
-The data streams through in windows. For each window: the clean pass, then each attack on the samples that the
-model gets right, then re-verification of everything the attack claims, on the user's own module. Attacks run on
-a faster twin of it; a claim that the module does not confirm goes back to be attacked on the module itself.
+The data streams through in windows. For each window: the clean pass and what can be certified; then each attack on
+the samples that the model gets right, where nothing proves that it is in vain; then re-verification of everything the
+attack claims, on the user's own module. Attacks run on a faster twin of it; a claim that the module does not confirm
+goes back to be attacked on the module itself.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ import attacks
 from attacks.engine import padded, vote
 from attacks.noise import sample_key
 from attacks.norms import NORMS, per_slot
+from robust.certify import Certifier, NoBounds
 from robust.data.labels import label_of
 from robust.data.sample import Dataset, Sample
 from robust.diagnostics import CONTROL, check_keeps_input, has_input_gradient, preflight, review
@@ -231,6 +233,7 @@ class _Job:
     plan: Plan
     store: Store
     pixels: int  # values in an image
+    certifier: Certifier | None
 
     @classmethod
     def prepare(cls, model: Model, x: Tensor, options: Options, plan: Plan, store: Store) -> "_Job":
@@ -253,8 +256,14 @@ class _Job:
         twin, description = fast_twin(model.module, few)
         if strayed := store.details.get("twin_strayed"):
             twin, description = model.module, strayed
-        store.set(twin=description, preflight=[asdict(finding) for finding in findings])
-        return cls(model, twin, options, plan, store, pixels=x[0].numel())
+        sound = all(
+            finding.level == "pass" for finding in findings if finding.name in ("deterministic", "rows independent")
+        )
+        certifier, found = None, "the model is random, or mixes the images of a batch"
+        if sound and options.draws == 1:
+            certifier, found = _certifier(model.module, few, logits.argmax(1), options)
+        store.set(twin=description, certifier=found, preflight=[asdict(finding) for finding in findings])
+        return cls(model, twin, options, plan, store, pixels=x[0].numel(), certifier=certifier)
 
     def recognise(self, x: Tensor) -> None:
         """Record what the networks say of the first two images or, in a run that is resumed, compare.
@@ -308,12 +317,28 @@ class _Job:
                 )
         _seed(self.options.seed, start, "clean")
         pred, confidence, _ = self._predict(x)
+        y = torch.tensor([sample.y for sample in window], device=x.device)
+        certified = self._certify(x, y, pred == y)
         rows = [
-            Clean(start + k, sample.id, sample.sha256, sample.y, int(pred[k]), float(confidence[k]))
+            Clean(start + k, sample.id, sample.sha256, sample.y, int(pred[k]), float(confidence[k]), certified[k])
             for k, sample in enumerate(window)
         ]
         self.store.add_clean(rows)
         return rows
+
+    def _certify(self, x: Tensor, y: Tensor, right: Tensor) -> list[int]:
+        """Within how many of the eps, from the smallest, it is proved of each image that no adversarial exists."""
+        counts = torch.zeros(len(x), dtype=torch.long)
+        rows = right.nonzero().squeeze(1)
+        for eps in self.options.eps:
+            if self.certifier is None or len(rows) == 0:
+                break
+            try:
+                rows = rows[self.certifier.certifies(x[rows], y[rows], _reach(eps), self.plan.target)]
+            except NoBounds:  # at larger eps they are wider still
+                break
+            counts[rows.cpu()] += 1
+        return counts.tolist()
 
     def attack_window(
         self, attack: attacks.AnyAttack, start: int, clean: Sequence[Clean], x: Tensor, listener: Listener
@@ -326,12 +351,19 @@ class _Job:
         began = time.perf_counter()
         right = [row for row in clean if row.clean_pred == row.label]
         listener(attack.name, len(clean) - len(right), 0)
+        # The control runs everywhere, and attacks on the least distance look beyond every eps.
+        spared = attack.name != CONTROL and not _is_minimal(attack)
+        safe = {row.position: row.certified for row in right if spared}
+        if certified := sum(count == len(self.options.eps) for count in safe.values()):
+            right = [row for row in right if safe.get(row.position) != len(self.options.eps)]
+            listener(attack.name, certified, certified)
         tasks = {
             row.position: attacks.Task(
                 row.position,
                 sample_key(row.sample_id),
                 x[row.position - start],
                 row.label if self.plan.target is None else self.plan.target,
+                first=safe.get(row.position, 0),
             )
             for row in right
         }
@@ -346,9 +378,13 @@ class _Job:
             _seed(self.options.seed, start, attack.name)  # as a run does that is interrupted and resumed here
             verified = self._verify(attack, self._run(self.twin, attack, queue), tasks)
         by_position = {v.outcome.position: v for v in verified}
+        _hold_to_proofs(attack, right, by_position)
         refuted, overlooked = [v.outcome for v in verified if v.refuted], [v.outcome for v in verified if v.overlooked]
         # What the twin overlooked at one eps it may have overlooked at smaller ones.
-        again = [(claim, 0) for claim in refuted + (overlooked if self.twin is not self.model.module else [])]
+        again = [
+            (claim, tasks[claim.position].first)
+            for claim in refuted + (overlooked if self.twin is not self.model.module else [])
+        ]
         while again:
             begun = [replace(tasks[claim.position], first=first) for claim, first in again]
             new = self._run(self.model.module, attack, begun)
@@ -356,6 +392,7 @@ class _Job:
             begun_on = {task.position: task.first for task in begun}
             anew = self._verify(attack, counted, tasks)
             by_position |= {v.outcome.position: _better(by_position[v.outcome.position], v) for v in anew}
+            _hold_to_proofs(attack, right, by_position)
             # What a random model refutes even then is attacked at the larger eps, if there are any.
             still = [v.outcome for v in anew if v.refuted and v.outcome.rung is not None]
             again = [(claim, max(claim.rung or 0, begun_on[claim.position]) + 1) for claim in still]
@@ -605,6 +642,33 @@ def _better(early: _Verified, late: _Verified) -> _Verified:
         return late
     counted = replace(early.outcome, forwards=late.outcome.forwards, gradients=late.outcome.gradients)
     return replace(early, outcome=counted)
+
+
+def _certifier(module: nn.Module, x: Tensor, y: Tensor, options: Options) -> tuple[Certifier | None, str]:
+    """A certifier, if it proves anything of the first images x, which the module says are y; and in words."""
+    if options.norm != "linf" or not options.certify:
+        return None, "not asked for" if not options.certify else "there are bounds in linf only"
+    try:
+        certifier = Certifier(module, options.batch_size)
+        some = bool(certifier.certifies(x, y, _reach(options.eps[0])).any())
+    except NoBounds as reason:
+        return None, str(reason)
+    return (certifier, "CROWN-IBP") if some else (None, "nothing was proved of the first images")
+
+
+def _reach(eps: float) -> float:
+    """How far from an image a point may lie that counts as within eps in linf; see `within`."""
+    return eps * (1 + TOLERANCE) + TOLERANCE + HALF_ULP
+
+
+def _hold_to_proofs(attack: attacks.AnyAttack, clean: Sequence[Clean], verified: Mapping[int, _Verified]) -> None:
+    for row in clean:
+        broken_at = verified[row.position].broken_at
+        if broken_at is not None and broken_at < row.certified:
+            raise RuntimeError(
+                f"{attack.name} broke sample {row.position} where it was proved that nothing does; this is a bug, "
+                "and certify=False a way around it"
+            )
 
 
 def within(distance: Any, eps: Any, norm: str, pixels: int) -> Any:

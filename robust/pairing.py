@@ -16,7 +16,9 @@ Pairs = dict[Row, tuple[np.ndarray, np.ndarray]]  # row -> verdicts (n,) bool be
 
 # Options that leave the question as it is. Data and eps are compared by themselves; what an attack was told is compared
 # attack by attack, where both runs recorded it.
-_FREE = frozenset({"attacks", "norm", "eps", "batch_size", "limit", "seed", "device", "conv", "save_adversarials"})
+_FREE = frozenset(
+    {"attacks", "norm", "eps", "batch_size", "limit", "seed", "device", "conv", "save_adversarials", "certify"}
+)
 _OF_ATTACKS = frozenset({"steps", "step_size", "restarts", "random_start", "queries"})
 _DEFAULTS = {option.name: option.default for option in fields(Options)}
 

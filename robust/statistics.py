@@ -13,6 +13,7 @@ from scipy.special import bdtr, ndtri
 
 from robust.errors import InputError
 
+CERTIFIED = "certified"  # a curve beneath those of the attacks: on so many images no adversarial exists
 WORST_CASE = "worst_case"
 SUMMARY_COLUMNS = (
     "attack", "norm", "eps", "n", "clean_accuracy", "robust_accuracy", "ci_low", "ci_high",

@@ -34,7 +34,8 @@ _DEFAULTS = {option.name: option.default for option in fields(Options) if option
 # History of the schema, which is also that of report.json:
 # 1: first.
 # 2: distances in l1 and l0; the nearest adversarials of attacks on the least distance; components of ensembles.
-SCHEMA_VERSION = 2
+# 3: how far each clean verdict is certified.
+SCHEMA_VERSION = 3
 
 SAMPLE_COLUMNS = (
     "sample_id", "label", "clean_pred", "clean_confidence", "attack", "norm", "eps", "success", "robust",
@@ -46,7 +47,7 @@ _TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE clean (
     position INTEGER PRIMARY KEY, sample_id TEXT NOT NULL UNIQUE, sha256 TEXT NOT NULL,
-    label INTEGER NOT NULL, clean_pred INTEGER NOT NULL, clean_confidence REAL NOT NULL
+    label INTEGER NOT NULL, clean_pred INTEGER NOT NULL, clean_confidence REAL NOT NULL, certified INTEGER NOT NULL
 );
 CREATE TABLE result (
     position INTEGER NOT NULL, attack TEXT NOT NULL, eps REAL NOT NULL, success INTEGER NOT NULL,
@@ -90,6 +91,7 @@ class Clean:
     label: int
     clean_pred: int
     clean_confidence: float
+    certified: int = 0  # of the run's eps, smallest first, within how many it is proved that no adversarial exists
 
 
 @dataclass(frozen=True)
@@ -306,6 +308,11 @@ class Store:
                 AND eps = (SELECT max(eps) FROM result)
         """
         return self._db.execute(query, (start, start + count, attack)).fetchone()[0]
+
+    def certified(self) -> list[int]:
+        """For each eps, smallest first, on how many samples it is proved that no adversarial exists."""
+        query = "SELECT count(*) FROM clean WHERE certified > ?"
+        return [self._db.execute(query, (k,)).fetchone()[0] for k in range(len(self.identity["options"]["eps"]))]
 
     def successes(self) -> tuple[list[tuple[str, float]], np.ndarray]:
         """The (attack, eps) of the run, and for each sample in data order whether each broke it, as one long array.

@@ -250,7 +250,11 @@ def test_all_reasons_are_given_at_once():
 @pytest.mark.parametrize(
     "now",
     [
-        verdicts(PAIR, options=OPTIONS | {"seed": 9, "batch_size": 7, "device": "cuda", "save_adversarials": True}),
+        verdicts(
+            PAIR,
+            options=OPTIONS
+            | {"seed": 9, "batch_size": 7, "device": "cuda", "save_adversarials": True, "certify": False},
+        ),
         verdicts(PAIR, model=MODEL | {"name": "other", "fingerprint": "0" * 64}),
         verdicts(PAIR, options={key: value for key, value in OPTIONS.items() if key != "target"}),  # of another version
         verdicts(PAIR, attacks={"pgd": PGD | {"momentum": 0}}),

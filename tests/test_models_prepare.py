@@ -232,6 +232,20 @@ class Forgetful(nn.Sequential):
         return seeded(plain())
 
 
+class Single(nn.Sequential):
+    """Whose copies are itself, and would be folded in its place."""
+
+    def __deepcopy__(self, memo: object) -> "Single":
+        return self
+
+
+class Lender(nn.Sequential):
+    """Whose copies hold its own layers."""
+
+    def __deepcopy__(self, memo: object) -> nn.Module:
+        return nn.Sequential(*self.children())
+
+
 class Infinite(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + (x - x).abs().sqrt().sum((1, 2, 3))[:, None]
@@ -248,14 +262,17 @@ class Detached(nn.Sequential):
         (Alone, "TypeError: there can be only one"),
         (Random, "a copy's logits are off by"),
         (Forgetful, "a copy's logits are off by"),
+        (Single, "ValueError: its copy shares parts with it"),
+        (Lender, "ValueError: its copy shares parts with it"),
         (Infinite, "the input gradient is not finite"),
         (Detached, "RuntimeError"),
     ],
 )
 def test_the_model_itself_is_the_last_resort(kind: type[nn.Sequential], reason: str) -> None:
     module = kind(*plain().children()).eval()
+    layers = [type(part) for part in module]
     twin, description = fast_twin(module, images())
-    assert twin is module
+    assert twin is module and [type(part) for part in module] == layers
     assert description.startswith(f"the model itself: {reason}")
     assert all(parameter.requires_grad for parameter in module.parameters())
 

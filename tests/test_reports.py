@@ -23,13 +23,13 @@ import reports.html
 from reports import REPORTS, write_reports
 from reports.answer import answer, headline, strongest, verdict
 from reports.breakdown import confusions, per_class
-from reports.curve import NARROW, WIDE, _beneath, describe, inline_svg, nearest
+from reports.curve import NARROW, WIDE, _beneath, describe, inline_svg, nearest, with_certified
 from reports.figures import _safe, panda
 from reports.gallery import Example, choose, png, rule
 from reports.terminal import plain_lines, summary_table
 from robust.errors import InputError
 from robust.files import replacing
-from robust.statistics import SUMMARY_COLUMNS, WORST_CASE
+from robust.statistics import SUMMARY_COLUMNS, WORST_CASE, wilson
 from robust.store import SAMPLE_COLUMNS, SCHEMA_VERSION, Clean, Finding, Picture, Result, Store
 from robust.units import (
     format_class,
@@ -56,9 +56,10 @@ def make_store(
     target: str | None = None,
     findings: tuple[Finding, ...] = (Finding("sample size", "warn", "only <30> images"),),
     adversarials: bool = True,
+    certified: tuple[int, ...] = (),
 ) -> Store:
     """30 images of which the first 24 are classified right. Of those, at rung k (from 0), fgsm breaks 4 (k + 1),
-    DeepFool 6 (k + 1) and noise none, always the first ones."""
+    DeepFool 6 (k + 1) and noise none, always the first ones. `certified` of them are at rung k, the last ones."""
     rng = np.random.default_rng(0)
     identity = {
         "model": {
@@ -81,12 +82,21 @@ def make_store(
             "finished": "2026-01-02T03:05:05+00:00",
             "data_fingerprint": "d" * 64,
             "skipped_images": ["broken.png"],
+            "certifier": "CROWN-IBP" if certified else "the <network> is too large",
         },
     )  # fmt: skip
     ids = ["=1+1.png", "+x.png", "-5.png", "@sum.png", "<img src=x onerror=alert(1)>.png", 'q"uo,te|.png', "熊猫.png"]
     ids += [f"class/{k}.png" for k in range(len(ids), N)]
     clean = [
-        Clean(k, ids[k], f"{k:064x}", k % 5, k % 5 if k < 24 else (k + 1) % 5, 1.0 if k == 0 else 0.9996)
+        Clean(
+            k,
+            ids[k],
+            f"{k:064x}",
+            k % 5,
+            k % 5 if k < 24 else (k + 1) % 5,
+            1.0 if k == 0 else 0.9996,
+            sum(24 - count <= k < 24 for count in certified),
+        )
         for k in range(N)
     ]
     store.add_clean(clean)
@@ -236,6 +246,37 @@ def test_the_answer_gives_the_numbers_of_the_summary(store: Store) -> None:
         "resnet<b> classifies 24 of 30 images correctly (80.0 %, 95 % interval 62.7–90.5 %). "
         "With changes of at most 8/255 per pixel, hardly visible to people, 0 of 30 remain (0–11.4 %)."
     )
+
+
+@pytest.mark.parametrize(
+    ("certified", "words"),
+    [
+        ((10, 4), "12 of 30 remain (24.6–57.7 %), 4 of them provably."),
+        ((18, 12), "12 of 30 remain (24.6–57.7 %), all of them provably."),
+        ((3, 0), "12 of 30 remain (24.6–57.7 %)."),
+    ],
+)
+def test_the_answer_says_what_is_proved(certified: tuple[int, ...], words: str) -> None:
+    assert answer(make_store(eps=[2 / 255, 4 / 255], certified=certified)).endswith(words)
+
+
+def test_what_is_certified_is_in_every_report(tmp_path: Path, page: str) -> None:
+    made = make_store(eps=[2 / 255, 4 / 255], certified=(10, 4))
+    write_reports(made, tmp_path)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "prove that there is nothing to be found within\n2/255 of 10, 4/255 of 4 of the 30 images" in html
+    assert html.count("certified (proved)") == 2  # in the wide curve and in the narrow one
+    assert "<dd>by CROWN-IBP, arXiv 1906.06316</dd>" in html
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["certified"] == {"by": "CROWN-IBP", "images": [10, 4]}
+    rows = with_certified(made.summary(), made)
+    rows = rows[rows.attack == "certified"]
+    assert rows.robust_accuracy.tolist() == [10 / 30, 4 / 30] and rows.ci_low.tolist() == [
+        wilson(k, 30)[0] for k in (10, 4)
+    ]
+    # And where nothing is, only the reason.
+    assert "certified (proved)" not in page and "nothing to be found" not in page
+    assert "<dd>nothing: the &lt;network&gt; is too large</dd>" in page
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_a_file_that_is_no_run_is_refused(tmp_path, content):
 
 def test_a_run_of_another_schema_is_refused(store, tmp_path):
     sqlite3.connect(tmp_path / "run" / FILENAME).execute("PRAGMA user_version = 99")
-    with pytest.raises(InputError, match="schema version 99; this version of robust reads 2"):
+    with pytest.raises(InputError, match="schema version 99; this version of robust reads 3"):
         Store.open(tmp_path / "run")
 
 

@@ -159,7 +159,7 @@ def test_an_option_that_no_attack_takes_is_refused(model, data, names, options, 
 
 def test_an_option_goes_to_the_attacks_that_take_it_and_the_others_keep_their_own(model, data):
     x, y = data[0][:4], data[1][:4]
-    options = {"steps": 3, "queries": 20, "restarts": 2, "random_start": False}
+    options = {"steps": 3, "queries": 20, "restarts": 2, "random_start": False, "certify": False}
     run = robust.run(model, (x, y), attacks=["fgsm", "pgd", "square", "mi-fgsm", "noise"], eps=1e-6, **options)
     forwards = run.samples.groupby("attack").forwards.unique().map(list).to_dict()
     # Twice where there is something random.
@@ -474,7 +474,8 @@ def test_no_attack_breaks_what_interval_bounds_certify():
     certified = certify(model, x, y, eps)
     assert 20 < int(certified.sum()) < 150
     names = ["apgd-ce", "apgd-t", "fab-t", "square", "fmn", "pgd"]
-    run = robust.run(model, (x, y), attacks=names, eps=[eps, 0.4], steps=20, queries=100, batch_size=150)
+    options = {"eps": [eps, 0.4], "steps": 20, "queries": 100, "batch_size": 150, "certify": False}
+    run = robust.run(model, (x, y), attacks=names, **options)
     at = run.samples[run.samples.eps == eps]
     broken = at.groupby("sample_id").success.any().to_numpy()
     assert not (broken & certified.numpy()).any()

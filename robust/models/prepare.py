@@ -62,8 +62,19 @@ def fast_twin(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
     return module, f"the model itself: {faults[-1]}"
 
 
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy, in eval mode and frozen. ValueError where it is the module itself or holds parts or weights of it,
+    as classes may decide by a __deepcopy__ of their own: what is done to the copy would be done to the module."""
+    twin = copy.deepcopy(module)
+    parts = ({id(part) for part in net.modules()} for net in (module, twin))
+    tensors = ({t.data_ptr() for t in (*net.parameters(), *net.buffers()) if t.numel()} for net in (module, twin))
+    if not set.isdisjoint(*parts) or not set.isdisjoint(*tensors):
+        raise ValueError("its copy shares parts with it")
+    return twin.eval().requires_grad_(False)
+
+
 def _frozen_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
-    return copy.deepcopy(module).eval().requires_grad_(False), "frozen copy"
+    return copied(module), "frozen copy"
 
 
 def _folded_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
