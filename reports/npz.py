@@ -15,7 +15,8 @@ from robust.store import Store
 def write_npz(store: Store, folder: Path) -> None:
     """x and x_adv (N, C, H, W) float32 in [0, 1], labels (N,) int64, ids and attacks (N,) text.
 
-    Images go from the store to the file one at a time. InputError where they are not of one size.
+    Images go from the store to the file one at a time. Where the run was to save them and there are none, N is 0.
+    InputError where they are not of one size.
     """
     labels, ids, attacks, shapes = [], [], [], set()
     for clean, attack, x, _ in store.adversarials():
@@ -23,18 +24,18 @@ def write_npz(store: Store, folder: Path) -> None:
         ids.append(clean.sample_id)
         attacks.append(attack)
         shapes.add(x.shape)
-    if not shapes:
-        return
     if len(shapes) > 1:
         raise InputError("adversarials.npz needs images of one size; run without --save-adversarials")
-    shape = (len(ids), *shapes.pop())
+    if not shapes and not store.identity["options"].get("save_adversarials"):
+        return
+    shape = (len(ids), *(shapes.pop() if shapes else store.identity["model"]["input_size"]))
     with replacing(folder / "adversarials.npz") as stream, zipfile.ZipFile(stream, "w") as archive:
         _add(archive, "x", shape, np.float32, (x for _, _, x, _ in store.adversarials()))
         _add(archive, "x_adv", shape, np.float32, (x_adv for _, _, _, x_adv in store.adversarials()))
         for name, column in (
             ("labels", np.array(labels, np.int64)),
-            ("ids", np.array(ids)),
-            ("attacks", np.array(attacks)),
+            ("ids", np.array(ids, np.str_)),
+            ("attacks", np.array(attacks, np.str_)),
         ):
             _add(archive, name, column.shape, column.dtype, [column])
 

@@ -204,7 +204,9 @@ def _strength(options: dict, attacks: set[str], described: Sequence[dict]) -> Fi
     name, steps = "attack strength", options.get("steps")
     others = sorted(attacks - {"fgsm", *GRADIENT_FREE})
     if "autoattack" in others:
-        return Finding(name, "pass", "autoattack is the field's standard ensemble")
+        whole = not any(attack.get("left_out") for attack in described if attack["name"] == "autoattack")
+        standard = "the field's standard ensemble"
+        return Finding(name, "pass", f"autoattack is {standard if whole else f'what the classes allow of {standard}'}")
     if not others:
         return Finding(name, "warn", "no iterative gradient attack ran: an upper bound only; add --attack pgd")
     if known := [attack for attack in others if attack in ITERATIVE]:

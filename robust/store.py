@@ -201,7 +201,7 @@ class Store:
         """Write the whole run to `path`, unless it lives there. InputError where another run does."""
         if self._path is not None and path.exists() and path.samefile(self._path):
             return
-        require_no_run(path)
+        require_no_run(path, "name another folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(path)) as target:
             self._db.backup(target)
@@ -493,10 +493,10 @@ def holds_run(path: Path) -> bool:
         return True
 
 
-def require_no_run(path: Path | None) -> None:
-    """InputError where `path` holds a run already."""
+def require_no_run(path: Path | None, advice: str = "continue it with --resume, or name another --output") -> None:
+    """InputError, which ends in the advice, where `path` holds a run already."""
     if path is not None and holds_run(path):
-        raise InputError(f"{path.parent} already holds a run: continue it with --resume, or name another --output")
+        raise InputError(f"{path.parent} already holds a run: {advice}")
 
 
 def disk_is_full(error: Exception) -> bool:

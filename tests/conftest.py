@@ -5,6 +5,8 @@ import hypothesis
 import pytest
 import torch
 
+# Small tensors gain nothing from threads, and test processes run side by side; this is for those that they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton asks for this when a kernel is defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -13,7 +15,6 @@ if not torch.cuda.is_available():
 hypothesis.settings.register_profile("fixed", derandomize=True)
 hypothesis.settings.load_profile("fixed")
 
-# Small tensors gain nothing from threads, and test processes run side by side.
 torch.set_num_threads(1)
 
 

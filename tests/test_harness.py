@@ -74,6 +74,13 @@ def test_those_of_which_the_model_is_surest_are_attacked_first(model, data, monk
     assert order == confidence.sort_values(ascending=False, kind="stable").index.tolist() != sorted(order)
 
 
+def test_where_nothing_broke_the_saved_adversarials_are_none(model, data, tmp_path):
+    robust.run(model, data, attacks="fgsm", eps=1e-9, save_adversarials=True, output=tmp_path)
+    with np.load(tmp_path / "adversarials.npz") as arrays:
+        shapes = {name: arrays[name].shape for name in arrays}
+    assert shapes == {"x": (0, 3, 12, 12), "x_adv": (0, 3, 12, 12), "labels": (0,), "ids": (0,), "attacks": (0,)}
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_every_success_stands_up_to_an_independent_check(model, data, norm):
     x, y = data

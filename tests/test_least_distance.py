@@ -109,7 +109,7 @@ def test_linear_networks_break_at_the_closed_form(name, norm, shape, classes, ma
     assert_optimal(linear(x, classes, seed=3), name, norm, x)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 1000),
     classes=st.integers(2, 10),

@@ -185,7 +185,7 @@ def test_a_run_in_memory_can_be_written_once(tmp_path):
     store.add_clean([clean(0)])
     store.copy_to(tmp_path / "out" / FILENAME)
     assert Store.open(tmp_path / "out").clean() == [clean(0)]
-    with pytest.raises(InputError, match="already holds a run"):
+    with pytest.raises(InputError, match="already holds a run: name another folder"):
         store.copy_to(tmp_path / "out" / FILENAME)
 
 

@@ -236,10 +236,10 @@ def test_l0_counts_whole_values():
 
 
 def test_autoattack_says_what_each_part_did(model, data, tmp_path):
-    run = robust.run(model, data, attacks=["autoattack"], eps=[0.004, 0.02], output=tmp_path / "run")
+    run = robust.run(model, data, attacks=["autoattack"], eps=0.02, output=tmp_path / "run")
     parts = run.store.components("autoattack")
     assert set(parts) == {"apgd-ce", "apgd-t", "fab-t", "square"}
-    assert sum(parts.values()) == run.samples[run.samples.eps == 0.02].success.sum() > 3
+    assert sum(parts.values()) == run.samples.success.sum() > 3
     text = (tmp_path / "run" / "report.html").read_text()
     assert all(f"<b>{part}</b> broke {count}" in text for part, count in parts.items())
     assert findings(run)["attack strength"].level == "pass"
@@ -249,17 +249,16 @@ def test_with_three_classes_the_report_says_what_gave_way(data):
     run = robust.run(conv_net(classes=3), (data[0], data[1] % 3), attacks=["autoattack"], eps=0.02)
     assert set(run.store.components("autoattack")) == {"apgd-ce", "apgd-dlr", "fab-t", "square"}
     assert "gives way to apgd-dlr" in findings(run)["parts of autoattack"].message
+    assert findings(run)["attack strength"].message.startswith("autoattack is what the classes allow of")
 
 
 def test_autoattack_is_the_worst_of_its_parts_and_no_worse(model, data):
     names = ("apgd-ce", "apgd-t", "fab-t", "square")
-    eps = [0.005, 0.02]
-    whole = robust.run(model, data, attacks=["autoattack"], eps=eps)
-    parts = robust.run(model, data, attacks=list(names), eps=eps)
-    for radius in eps:
-        alone = parts.samples[parts.samples.eps == radius].groupby("sample_id").success.any()
-        together = whole.samples[whole.samples.eps == radius].set_index("sample_id").success
-        assert (alone == together).all()
+    whole = robust.run(model, data, attacks=["autoattack"], eps=0.015, certify=False)
+    parts = robust.run(model, data, attacks=list(names), eps=0.015, certify=False)
+    alone = parts.samples.groupby("sample_id").success.any()
+    together = whole.samples.set_index("sample_id").success
+    assert (alone == together).all() and 3 < together.sum() < len(together) - 3
 
 
 def test_square_that_beats_gradients_is_a_warning():
