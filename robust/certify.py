@@ -5,8 +5,9 @@ the layers; then, from the logits back to the image, each ReLU is put between tw
 function, whose least value over the box is known. It tells something of networks that were trained for it
 (arXiv 1805.12514), and of others at small eps only.
 
-The module's own code runs, on a tensor that knows its bounds and refuses every operation without a rule here. What
-gets around that, such as a scripted part, finds nothing but NaN in the tensor, which proves nothing either.
+A copy of the module runs its own code, on a tensor that knows its bounds and refuses every operation without a rule
+here. The tensor itself has no values (it is on the meta device), so that what gets around the rules, such as a scripted
+part, works on nothing and is seen to do so. Bounds are in float64; how far float32 may be from them is measured.
 """
 
 from __future__ import annotations
@@ -16,25 +17,35 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from robust.models.prepare import copied
+from robust.models.prepare import copied, has_hooks
 
 MOST_VALUES = 2**18  # of the images bounded at once
 MOST_PARAMETERS = 2**24  # of larger networks bounds say nothing
 MOST_CLASSES = 100  # that bounds on the logits alone do not rule out
 MOST_CROSSING = 0.5  # share of a ReLU's inputs that may have either sign, beyond which bounds say nothing
-# What float32 may make of the network that is bounded in float64, as a share of the largest logit.
+# What float32 may make of the network that is bounded in float64: a share of the largest logit, and so many times what
+# it is seen to make of it at the corner of the box.
 ROUNDING = 1e-4
+TIMES = 10
+ALIKE = 1e-2  # share of the largest logit, beyond which that is no rounding
 
 
 class NoBounds(Exception):
     """Why a network, or these images, cannot be bounded."""
+
+
+class Contradiction(NoBounds):
+    """The network does what its bounds rule out: there is a fault in them, here or on other images."""
 
 
 class Certifier:
@@ -43,18 +54,20 @@ class Certifier:
     def __init__(self, module: nn.Module, rows: int = 64):
         """rows: images that the module is given at once, at most.
 
-        NoBounds for a network that is too large, compiled, or neither in float32 nor in float64.
+        NoBounds for a network that is too large, compiled, not in float32, or that hooks look into.
         """
         tensors = [*module.parameters(), *module.buffers()]
         if sum(tensor.numel() for tensor in tensors) > MOST_PARAMETERS:
             raise NoBounds("the network is too large")
         if any(map(_is_compiled, module.modules())):
             raise NoBounds("the network is compiled")
-        if any(t.is_floating_point() and t.dtype not in (torch.float32, torch.float64) for t in tensors):
+        if has_hooks(module):
+            raise NoBounds("the network has hooks")
+        if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in tensors):
             raise NoBounds("the network is not in float32")
         self.module, self.rows = module, rows
         with _no_bounds("the network cannot be copied"):
-            self._exact = copied(module).double()
+            self._copy = copied(module)
 
     def certifies(self, x: Tensor, y: Tensor, eps: float, target: int | None = None) -> Tensor:
         """(N,) bool: whether every point of [0, 1] within eps in linf of x (N, C, H, W) is of class y (N,).
@@ -66,8 +79,8 @@ class Certifier:
     def margins(self, x: Tensor, y: Tensor, eps: float, target: int | None = None) -> Tensor:
         """(N,) lower bounds on logit y less the largest other (or the target's), within eps, less room for rounding.
 
-        NoBounds where the network has a part without a rule, where the bounds are so wide that they say nothing, or
-        where the network does not keep to them.
+        NoBounds where the network has a part without a rule, or the bounds are so wide that they say nothing;
+        Contradiction where the network itself, at the corners of the boxes that they point to, does not keep to them.
         """
         rows = max(1, min(self.rows, MOST_VALUES // x[0].numel()))
         parts = zip(x.split(rows), y.split(rows), strict=True)
@@ -76,23 +89,61 @@ class Certifier:
     @torch.no_grad()
     def _margins(self, x: Tensor, y: Tensor, eps: float, target: int | None) -> Tensor:
         low, high = (x.double() - eps).clamp(min=0), (x.double() + eps).clamp(max=1)
-        image = _Node((low + high) / 2, (high - low) / 2, tape=[])
-        with _no_bounds("its code takes no bounds"):
-            said = self._exact(_Bounded.of(image))
-        if not isinstance(said, _Bounded) or said.node.middle.ndim != 2:
-            raise NoBounds("its code takes no bounds")
-        logits = said.node
-        others = list(range(logits.middle.shape[1])) if target is None else [target]
-        least, slopes = _least(logits, image, y, others)
+        with _no_bounds("the network fails"):
+            self._copy(x)  # so that what its code keeps for later, such as grids of this size, is of images
+        image, logits = self._bounded((low + high) / 2, (high - low) / 2)
         room = ROUNDING * (logits.middle.abs() + logits.radius).amax(1)
-        # The network itself, at the corners that the bounds point to.
+        # By intervals alone, which rule most classes out on some networks.
+        least = (logits.middle - logits.radius).gather(1, y[:, None]) - (logits.middle + logits.radius)
+        least.scatter_(1, y[:, None], math.inf)
+        others = list(range(least.shape[1])) if target is None else [target]
+        near = [other for other in others if not bool((least[:, other] > room).all())]
+        if len(near) > MOST_CLASSES:
+            raise NoBounds("too many classes may be the largest")
+        worst, corner = torch.full_like(room, math.inf), x
+        gap = worst.clone()  # between what the network says at the corners that the bounds point to, and the bounds
+        ones = torch.eye(least.shape[1], dtype=torch.float64, device=y.device)
+        for other in near:
+            with _no_bounds("its bounds cannot be traced back"):
+                bound, slopes = _trace_back(logits, image, ones[y] - ones[other])
+            there = (image.middle - image.radius * slopes.sign()).to(x)
+            gap = torch.minimum(gap, torch.where(y == other, math.inf, self._margin(there, y, other) - bound))
+            least[:, other] = torch.maximum(least[:, other], bound.where(y != other, math.inf))
+            lower = least[:, other] < worst
+            worst = torch.where(lower, least[:, other], worst)
+            corner = torch.where(lower[:, None, None, None], there, corner)
+        room = torch.maximum(room, TIMES * self._rounding(corner))
+        if not bool((gap >= -room).all()):
+            raise Contradiction("the network does not keep to its bounds")
+        return least[:, others].amin(1) - room
+
+    def _margin(self, x: Tensor, y: Tensor, other: int) -> Tensor:
+        """(N,) what the network itself says: logit y less the other one."""
         with _no_bounds("the network fails at the corner of a box"):
-            said = self.module((image.middle - image.radius * slopes.sign()).to(x)).double()
-        above = said.gather(1, y[:, None]) - said[:, others]
-        above[y[:, None] == torch.tensor(others, device=y.device)] = math.inf
-        if not bool((above.amin(1) >= least - room).all()):
-            raise NoBounds("the network does not keep to its bounds")
-        return least - room
+            logits = self.module(x).double()
+        return logits.gather(1, y[:, None])[:, 0] - logits[:, other]
+
+    def _rounding(self, x: Tensor) -> Tensor:
+        """(N,) how far the network's logits are off those in float64."""
+        with _no_bounds("the network fails at the corner of a box"):
+            said = self.module(x).double()
+        _, exact = self._bounded(x.double(), torch.zeros_like(x, dtype=torch.float64))
+        off = (said - exact.middle).abs().amax(1)
+        if not bool((off <= ALIKE * exact.middle.abs().amax(1)).all()):
+            raise Contradiction("the network says something else than its copy")
+        return off
+
+    def _bounded(self, middle: Tensor, radius: Tensor) -> tuple[_Node, _Node]:
+        """The image and the logits under bounds."""
+        tape = _Tape()
+        image = _Node(middle, radius, tape)
+        with _Watch(tape), _no_bounds("its code takes no bounds"):
+            logits = self._copy(_Bounded.of(image))
+        if tape.fault:  # whatever the code did about it
+            raise NoBounds(tape.fault)
+        if not isinstance(logits, _Bounded) or logits.node.tape is not tape or logits.node.middle.ndim != 2:
+            raise NoBounds("its code takes no bounds")
+        return image, logits.node
 
 
 @contextmanager
@@ -115,6 +166,14 @@ def _is_compiled(part: nn.Module) -> bool:
 
 
 @dataclass(eq=False)
+class _Tape:
+    """One pass under bounds."""
+
+    nodes: list[_Node] = field(default_factory=list)  # in the order they are made
+    fault: str = ""  # why nothing follows from it
+
+
+@dataclass(eq=False)
 class _Node:
     """Values between middle - radius and middle + radius, (N, ...) in float64, row by row.
 
@@ -125,33 +184,12 @@ class _Node:
 
     middle: Tensor
     radius: Tensor
-    tape: list[_Node] = field(repr=False)  # all nodes, in the order they are made
+    tape: _Tape = field(repr=False)
     sources: Sequence[tuple[_Node, Callable[[Tensor], tuple[Tensor, Tensor | float]]]] = ()
     shared: bool = False  # with another tensor, which would change along with this one
 
     def __post_init__(self) -> None:
-        self.tape.append(self)
-
-
-def _least(logits: _Node, image: _Node, y: Tensor, others: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(N,) lower bound of logit y less the largest of the other classes; (N, C, H, W) slopes of it at the image."""
-    low, high = logits.middle - logits.radius, logits.middle + logits.radius
-    apart = low.gather(1, y[:, None]) - high
-    apart.scatter_(1, y[:, None], math.inf)
-    ruled_out = (apart > 0).all(0)  # for every image
-    least = apart.where(ruled_out, math.inf)[:, others].amin(1)
-    near = [other for other in others if not ruled_out[other]]
-    if len(near) > MOST_CLASSES:
-        raise NoBounds("too many classes may be the largest")
-    slopes = torch.zeros_like(image.middle)
-    ones = torch.eye(low.shape[1], dtype=torch.float64, device=y.device)
-    for other in near:
-        bound, slope = _trace_back(logits, image, ones[y] - ones[other])
-        bound = torch.maximum(bound, apart[:, other])
-        lower = (y != other) & ~(bound >= least)  # NaN is no bound
-        least = torch.where(lower, bound, least)
-        slopes = torch.where(lower[:, None, None, None], slope, slopes)
-    return least, slopes
+        self.tape.nodes.append(self)
 
 
 def _trace_back(logits: _Node, image: _Node, coefficients: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +197,7 @@ def _trace_back(logits: _Node, image: _Node, coefficients: Tensor) -> tuple[Tens
     least = (coefficients * logits.middle).sum(1)
     of = {logits: coefficients}
     slopes = torch.zeros_like(image.middle)
-    for node in reversed(logits.tape):
+    for node in reversed(logits.tape.nodes):
         here = of.pop(node, None)
         if here is None:
             continue
@@ -175,26 +213,54 @@ def _trace_back(logits: _Node, image: _Node, coefficients: Tensor) -> tuple[Tens
 
 
 class _Bounded(Tensor):
-    """What a module under bounds is given in place of images and activations. Its own values are NaN."""
+    """What a module under bounds is given in place of images and activations. It has no values of its own."""
 
     node: _Node
 
     @staticmethod
     def of(node: _Node) -> _Bounded:
-        nothing = torch.full((), math.nan, dtype=torch.float64, device=node.middle.device)
-        bounded = Tensor._make_subclass(_Bounded, nothing.expand(node.middle.shape))
+        bounded = Tensor._make_subclass(_Bounded, torch.empty(node.middle.shape, device="meta"))
         bounded.node = node
         return bounded
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _TOLD:
+            return _TOLD[func](args[0].node.middle)
         if func in _SHAPES:
-            return super().__torch_function__(func, types, args, kwargs or {})
-        rule = _RULES.get(func)
-        if rule is None or "out" in (kwargs or {}):
-            name = getattr(func, "__name__", str(func))
-            raise NoBounds(f"there is no rule for {name}")
-        return rule(*args, **(kwargs or {}))
+            return super().__torch_function__(func, types, args, kwargs)
+        try:
+            rule = _RULES.get(func)
+            if rule is None or "out" in kwargs:
+                raise NoBounds(f"there is no rule for {getattr(func, '__name__', func)}")
+            if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+                raise NoBounds("there is no rule for autocast")
+            return rule(*args, **kwargs)
+        except Exception as error:
+            # The module may catch it, and take another way than it does with images.
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, _Bounded):
+                    value.node.tape.fault = str(error) if isinstance(error, NoBounds) else type(error).__name__
+            raise
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every operation, and notes on the tape those on tensors without values: they got around the rules."""
+
+    def __init__(self, tape: _Tape):
+        super().__init__()
+        self.tape = tape
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch's compiler is imported, which takes two seconds
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.detach.default:  # of which _make_subclass is one
+            if any(isinstance(value, Tensor) and value.is_meta for value in tree_leaves((args, kwargs))):
+                self.tape.fault = f"{func} gets around the rules"
+        return func(*args, **(kwargs or {}))
 
 
 def _node(value: Any) -> _Node:
@@ -204,9 +270,11 @@ def _node(value: Any) -> _Node:
 
 
 def _constant(value: Any) -> Any:
+    """As it enters arithmetic in float64."""
     if isinstance(value, _Bounded):
         raise NoBounds("there is no rule for products of two activations")
-    return value
+    # A copy, for the code may write into the tensor afterwards.
+    return value.to(torch.float64, copy=True) if isinstance(value, Tensor) else value
 
 
 def _linear(
@@ -239,7 +307,7 @@ def _linear(
 
 
 def _conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    _constant(weight), _constant(bias)
+    weight, bias = _constant(weight), _constant(bias)
     how = (stride, padding, dilation, groups)
     return _linear(
         _node(x),
@@ -249,13 +317,14 @@ def _conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
 
 
 def _dense(x, weight, bias=None):
-    _constant(weight), _constant(bias)
+    weight, bias = _constant(weight), _constant(bias)
     return _linear(_node(x), lambda z: F.linear(z, weight, bias), lambda r: F.linear(r, weight.abs()))
 
 
 def _batch_norm(x, mean, variance, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     if training or mean is None:
         raise NoBounds("there is no rule for statistics of a batch")
+    mean, variance, weight, bias = map(_constant, (mean, variance, weight, bias))
     positive = None if weight is None else weight.abs()
     return _linear(
         _node(x),
@@ -313,30 +382,33 @@ def _written(x: _Bounded, node: _Node, inplace: bool) -> _Bounded:
     return x
 
 
-def _sum(x, y, inplace: bool = False, sign: float = 1.0):
+def _sum(x, y, *, inplace: bool = False, sign: float = 1.0):
     """x + sign * y, of which one at least is bounded."""
     _check_writable(x, inplace)
     if isinstance(x, _Bounded) and isinstance(y, _Bounded):
         a, b = x.node, y.node
-        if a.middle.shape != b.middle.shape:
-            raise NoBounds("there is no rule for sums of activations of two shapes")
+        if a.middle.shape != b.middle.shape or a.tape is not b.tape:
+            raise NoBounds("there is no rule for sums of activations of two shapes or passes")
         sources = [(a, lambda c: (c, 0.0)), (b, lambda c: (sign * c, 0.0))]
         return _written(x, _Node(a.middle + sign * b.middle, a.radius + b.radius, a.tape, sources), inplace)
     if isinstance(x, _Bounded):
+        y = _constant(y)
         return _scaled(x, lambda z: z + sign * y, lambda r: r, inplace)
+    x = _constant(x)
     return _scaled(y, lambda z: x + sign * z, lambda r: r)
 
 
-def _product(x, y, inplace: bool = False):
+def _product(x, y, *, inplace: bool = False):
     _check_writable(x, inplace)
     if not isinstance(x, _Bounded):
         x, y = y, x
-    _constant(y)
+    y = _constant(y)
     return _scaled(x, lambda z: z * y, lambda r: r * abs(y), inplace)
 
 
-def _quotient(x, y, inplace: bool = False):
-    _node(x), _constant(y)
+def _quotient(x, y, *, inplace: bool = False):
+    _node(x)
+    y = _constant(y)
     return _scaled(x, lambda z: z / y, lambda r: r / abs(y), inplace)
 
 
@@ -369,6 +441,10 @@ def _keep_rows(function: Callable[..., Tensor], dims: Callable[..., Any], view: 
         return _plain(function, view)(x, *args, **kwargs)
 
     return rule
+
+
+def _avg_pool2d(x, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True):
+    return _plain(F.avg_pool2d)(x, kernel_size, stride, padding, ceil_mode, count_include_pad)
 
 
 def _pad(x, pad, mode="constant", value=None):
@@ -404,16 +480,16 @@ def _getitem(x, index):
 
 
 def _same(x):
-    """What changes no value, or takes it to float32 and back."""
+    """What changes no value."""
     node = _node(x)
     node.shared = True
     return _Bounded.of(_Node(node.middle, node.radius, node.tape, [(node, lambda c: (c, 0.0))], shared=True))
 
 
 def _to(x, *args, **kwargs):
-    """To another device or memory format: the values stay what they are. To a smaller dtype they would not."""
+    """To another device or memory format: the values stay what they are. In another dtype they would not."""
     dtypes = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype | Tensor)]
-    if any(value not in (torch.float32, torch.float64) for value in dtypes):
+    if any(value is not torch.float32 for value in dtypes):
         raise NoBounds("there is no rule for another dtype")
     return _same(x)
 
@@ -448,20 +524,20 @@ def _rules() -> dict[Any, Callable[..., Any]]:
     give(partial(_product, inplace=True), Tensor.mul_, Tensor.__imul__)
     give(_quotient, torch.div, Tensor.div, Tensor.__truediv__)
     give(partial(_quotient, inplace=True), Tensor.div_, Tensor.__itruediv__)
-    plain: list[Any] = [F.avg_pool2d, F.adaptive_avg_pool2d]
     rising: list[Any] = [F.max_pool2d, torch.sigmoid, Tensor.sigmoid, torch.tanh, Tensor.tanh]
     turning: list[Any] = [torch.transpose, Tensor.transpose, torch.squeeze, Tensor.squeeze, Tensor.unsqueeze]
     means: list[Any] = [torch.mean, Tensor.mean]
-    rules |= {function: _plain(function) for function in plain}
     rules |= {function: _monotone(function) for function in rising}
     rules |= {function: _keep_rows(function, lambda *dims: dims) for function in turning}
     rules |= {function: _keep_rows(function, lambda dim, keepdim=False: dim, view=False) for function in means}
     give(_pad, F.pad)
+    give(_avg_pool2d, F.avg_pool2d)
+    give(_plain(F.adaptive_avg_pool2d), F.adaptive_avg_pool2d)
     give(_flatten, torch.flatten, Tensor.flatten)
     give(_reshape, torch.reshape, Tensor.reshape, Tensor.view)
     give(_permute, Tensor.permute)
     give(_getitem, Tensor.__getitem__)
-    give(_same, Tensor.clone, Tensor.detach, Tensor.float, Tensor.double)
+    give(_same, Tensor.clone, Tensor.detach, Tensor.float)
     give(_contiguous, Tensor.contiguous)
     give(_to, Tensor.to)
     give(_dropout, F.dropout)
@@ -470,8 +546,11 @@ def _rules() -> dict[Any, Callable[..., Any]]:
 
 _RULES = _rules()
 # Asking for these gives no value away.
-_ATTRIBUTES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_sparse", "is_quantized")
 _SHAPES = {
-    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__),
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "layout", "requires_grad", "is_sparse")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, torch.is_floating_point),
+}
+# Of the tensor that a bounded one stands for.
+_TOLD: dict[Any, Callable[[Tensor], Any]] = {
+    getattr(Tensor, name).__get__: attrgetter(name) for name in ("device", "is_cuda", "is_cpu", "is_meta")
 }

@@ -24,7 +24,7 @@ import attacks
 from attacks.engine import padded, vote
 from attacks.noise import sample_key
 from attacks.norms import NORMS, per_slot
-from robust.certify import Certifier, NoBounds
+from robust.certify import Certifier, Contradiction, NoBounds
 from robust.data.labels import label_of
 from robust.data.sample import Dataset, Sample
 from robust.diagnostics import CONTROL, check_keeps_input, has_input_gradient, preflight, review
@@ -261,7 +261,7 @@ class _Job:
         )
         certifier, found = None, "the model is random, or mixes the images of a batch"
         if sound and options.draws == 1:
-            certifier, found = _certifier(model.module, few, logits.argmax(1), options)
+            certifier, found = _certifier(model.module, few, logits.argmax(1), plan.target, options)
         store.set(twin=description, certifier=found, preflight=[asdict(finding) for finding in findings])
         return cls(model, twin, options, plan, store, pixels=x[0].numel(), certifier=certifier)
 
@@ -335,6 +335,10 @@ class _Job:
                 break
             try:
                 rows = rows[self.certifier.certifies(x[rows], y[rows], _reach(eps), self.plan.target)]
+            except Contradiction as fault:
+                raise InputError(
+                    f"{fault}: what was proved of it cannot be believed; begin anew with --no-certify (certify=False)"
+                ) from None
             except NoBounds:  # at larger eps they are wider still
                 break
             counts[rows.cpu()] += 1
@@ -644,13 +648,15 @@ def _better(early: _Verified, late: _Verified) -> _Verified:
     return replace(early, outcome=counted)
 
 
-def _certifier(module: nn.Module, x: Tensor, y: Tensor, options: Options) -> tuple[Certifier | None, str]:
+def _certifier(
+    module: nn.Module, x: Tensor, y: Tensor, target: int | None, options: Options
+) -> tuple[Certifier | None, str]:
     """A certifier, if it proves anything of the first images x, which the module says are y; and in words."""
     if options.norm != "linf" or not options.certify:
         return None, "not asked for" if not options.certify else "there are bounds in linf only"
     try:
         certifier = Certifier(module, options.batch_size)
-        some = bool(certifier.certifies(x, y, _reach(options.eps[0])).any())
+        some = bool((certifier.certifies(x, y, _reach(options.eps[0]), target) & (y != target)).any())
     except NoBounds as reason:
         return None, str(reason)
     return (certifier, "CROWN-IBP") if some else (None, "nothing was proved of the first images")

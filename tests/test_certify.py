@@ -14,7 +14,8 @@ from torch.nn import functional as F
 import robust
 from attacks.pgd import PGD
 from robust import certify
-from robust.certify import Certifier, NoBounds
+from robust.certify import Certifier, Contradiction, NoBounds
+from robust.errors import InputError
 from robust.store import Store
 from toys import Linear, conv_net, images
 
@@ -250,32 +251,81 @@ def around_the_rules(net, x):
     return net.linear(net.conv(Detour.apply(x)).flatten(1))
 
 
+BRIGHT = 0.9
+
+
+def gated(bright):
+    """A network that takes bright images, of which `bright` says (N,) whether they are, for something else."""
+    return lambda net, x: net.linear(net.conv(x).flatten(1)) + 50 * bright(x)[:, None] * torch.eye(5)[0]
+
+
+def caught(x):
+    try:
+        return (x.amax((1, 2, 3)) > BRIGHT).float()
+    except Exception:
+        return torch.zeros(len(x))
+
+
+def escaped_and_caught(x):
+    try:
+        with torch._C.DisableTorchFunctionSubclass():
+            return _bright(x) + torch.zeros(len(x))
+    except RuntimeError:
+        return torch.zeros(len(x))
+
+
+def by_dtype(x):
+    return (x.amax((1, 2, 3)) > BRIGHT).float() if x.dtype == torch.float32 else torch.zeros(len(x))
+
+
+def scripted(x):
+    with warnings.catch_warnings(action="ignore"):
+        return torch.jit.script(_bright)(x)
+
+
+def _bright(x: torch.Tensor) -> torch.Tensor:
+    return (x.amax((1, 2, 3)) > 0.9).float()
+
+
+def in_bfloat16(net, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return net.linear(net.conv(x).flatten(1)).float()
+
+
+def of(change):
+    """A linear network on the convolution of the changed images."""
+    return lambda net, x: net.linear(net.conv(change(net, x)).flatten(1))
+
+
 UNKNOWN = {
     "a branch on values": (branch, "no rule for sum"),
-    "products of activations": (lambda net, x: net.linear((net.conv(x) * net.conv(x)).flatten(1)), "two activations"),
-    "softmax": (lambda net, x: net.linear(net.conv(x).flatten(1)).softmax(1), "no rule for softmax"),
-    "values taken out": (lambda net, x: net.linear(net.conv(x).flatten(1)) * x.max().item(), "no rule for max"),
-    "numpy": (lambda net, x: net.linear(net.conv(torch.as_tensor(x.numpy())).flatten(1)), "no rule for numpy"),
+    "products of activations": (of(lambda net, x: x * x), "two activations"),
+    "softmax": (lambda net, x: straight(net, x).softmax(1), "no rule for softmax"),
+    "values taken out": (of(lambda net, x: x * x.max().item()), "no rule for max"),
+    "numpy": (of(lambda net, x: torch.as_tensor(x.numpy())), "no rule for numpy"),
     "writing into a part": (written_into, "no rule for __setitem__"),
     "writing into what has a view": (aliased, "a part of a tensor"),
     "writing into a constant": (into_a_buffer, "into a constant"),
-    "half precision": (lambda net, x: net.linear(net.conv(x.to(torch.float16).float()).flatten(1)), "another dtype"),
-    "whole numbers": (lambda net, x: net.linear(net.conv(x.byte().float()).flatten(1)), "no rule for byte"),
-    "other images' rows": (lambda net, x: net.linear(net.conv(x - x.mean(0)).flatten(1)), "mixes images"),
-    "images picked": (lambda net, x: net.linear(net.conv(x[:1]).flatten(1)), "picking images"),
-    "images rolled": (lambda net, x: net.linear(net.conv(x).roll(1, 0).flatten(1)), "no rule for roll"),
-    "rows moved by padding": (
-        lambda net, x: net.linear(net.conv(F.pad(x, (0, 0, 0, 0, 0, 0, 1, -1))).flatten(1)), "mixes images"
-    ),
-    "images turned": (lambda net, x: net.linear(net.conv(x).permute(1, 0, 2, 3).flatten(1)), "mixes images"),
-    "statistics of the batch": (
-        lambda net, x: net.linear(F.batch_norm(net.conv(x), None, None, training=True).flatten(1)), "of a batch"
-    ),
-    "dropout that is on": (lambda net, x: net.linear(F.dropout(net.conv(x), 0.1).flatten(1)), "training mode"),
-    "an output elsewhere": (lambda net, x: torch.sigmoid(net.linear(net.conv(x).flatten(1)), out=x), "no rule for"),
-    "an error": (lambda net, x: net.missing(x), "AttributeError"),
+    "half precision": (of(lambda net, x: x.to(torch.float16).float()), "another dtype"),
+    "whole numbers": (of(lambda net, x: x.byte().float()), "no rule for byte"),
+    "autocast": (in_bfloat16, "no rule for autocast"),
+    "other images' rows": (of(lambda net, x: x - x.mean(0)), "mixes images"),
+    "images picked": (of(lambda net, x: x[:1]), "picking images"),
+    "images rolled": (of(lambda net, x: x.roll(1, 0)), "no rule for roll"),
+    "rows moved by padding": (of(lambda net, x: F.pad(x, (0, 0, 0, 0, 0, 0, 1, -1))), "mixes images"),
+    "images turned": (of(lambda net, x: x.permute(1, 0, 2, 3).permute(1, 0, 2, 3)), "mixes images"),
+    "statistics of the batch": (of(lambda net, x: F.batch_norm(x, None, None, training=True)), "of a batch"),
+    "dropout that is on": (of(lambda net, x: F.dropout(x, 0.1)), "training mode"),
+    "an output elsewhere": (of(lambda net, x: torch.sigmoid(x, out=torch.empty(x.shape))), "no rule for"),
+    "an error": (of(lambda net, x: net.missing(x)), "AttributeError"),
     "a way around the rules": (around_the_rules, "."),
-}  # fmt: skip
+    "a scripted function": (gated(scripted), "."),
+    "a mapped function": (gated(torch.vmap(lambda row: (row.amax() > BRIGHT).float())), "."),
+    "a copy": (gated(lambda x: _bright(torch.asarray(x, copy=True))), "."),
+    "a refusal that is caught": (gated(caught), "no rule for amax"),
+    "an escape that is caught": (gated(escaped_and_caught), "gets around the rules"),
+    "a branch on the dtype": (gated(by_dtype), "no rule for amax"),
+}
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
@@ -286,17 +336,79 @@ def test_what_is_not_understood_proves_nothing(name, x):
         Certifier(net).margins(x, torch.zeros(len(x), dtype=torch.long), 1e-6)
 
 
+def late_change(net, x):
+    """Constants that are written into after their use, in ways that autograd does not see."""
+    scale = torch.ones(1, 4, 1, 1)
+    x = net.conv(x) * scale
+    scale.data.fill_(0.01)
+    return net.linear(F.relu(x).flatten(1))
+
+
+def scratch(net, x):
+    scale = torch.ones(1, 4, 1, 1)
+    x = net.conv(x) * scale
+    scale.zero_()
+    return net.linear(F.relu(x).flatten(1))
+
+
+def told_the_dtype(net, x):
+    x = x if x.dtype == torch.float32 else x.float() / 255
+    return net.linear(F.relu(net.conv(x)).flatten(1))
+
+
+@pytest.mark.parametrize("forward", [late_change, scratch, told_the_dtype])
+def test_what_the_code_does_with_its_constants_is_understood(forward, x):
+    plain = Net(lambda net, x: net.linear(F.relu(net.conv(x)).flatten(1)))
+    assert torch.equal(lower_bounds(Net(forward), x, 0.02)[1], lower_bounds(plain, x, 0.02)[1])
+
+
+def test_what_the_code_keeps_by_size_is_of_images(x):
+    kept = {}
+
+    def forward(net, x):
+        x = net.conv(x)
+        if len(x) not in kept:
+            kept[len(x)] = 0 * x + torch.linspace(0, 1, 6)
+        return net.linear((x + kept[len(x)]).flatten(1))
+
+    net = Net(forward)
+    y = torch.zeros(len(x), dtype=torch.long)
+    Certifier(net).margins(x, y, 0.01)
+    assert {type(value) for value in kept.values()} == {torch.Tensor} and net(x).isfinite().all()
+
+
+@pytest.mark.parametrize("size", [300.0, 3000.0])
+def test_there_is_room_for_what_float32_makes_of_the_network(size):
+    """A batch-norm that takes off a large mean leaves few digits."""
+    net = Net(lambda net, x: net.linear(F.relu(net.norm(net.conv(x))).flatten(1)))
+    net.conv.bias += size
+    net.norm.running_mean.fill_(size), net.norm.running_var.fill_(0.05)
+    x = images(3000, SIZE)
+    y = net(x).argmax(1)
+    near = margins_of(net, x, y) < 2e-6 * size + 2e-4  # where a wrong bound would tell
+    x, y = x[near], y[near]
+    found = Certifier(net).margins(x, y, 1e-6)
+    assert len(x) > 5
+    g = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        corner = 1e-6 * torch.randint(-1, 2, x.shape, generator=g)
+        assert (margins_of(net, (x + corner).clamp(0, 1), y) >= found).all()
+
+
 def test_networks_that_are_not_looked_into():
     with warnings.catch_warnings(action="ignore"):
         scripted = torch.jit.trace(nn.Sequential(nn.Flatten(), nn.Linear(72, 3)).eval(), images(1, SIZE))
     compiled = nn.Sequential(nn.Flatten(), nn.Linear(72, 3))
     compiled.compile()
     unlike = nn.Sequential(nn.Flatten(), nn.Linear(72, 3)).half()
+    hooked = nn.Sequential(nn.Flatten(), nn.Linear(72, 3))
+    hooked[1].register_forward_hook(lambda *given: None)
     for module, reason in (
         (nn.Sequential(scripted, nn.ReLU()), "compiled"),
         (compiled, "compiled"),
         (unlike, "float32"),
         (nn.Linear(2**12, 2**13), "too large"),
+        (hooked, "hooks"),
     ):
         with pytest.raises(NoBounds, match=reason):
             Certifier(module)
@@ -308,16 +420,16 @@ def test_bounds_that_say_nothing_end_early(x):
 
 
 def test_a_network_that_says_something_else_than_its_copy_is_found_out(x):
-    """Planted: bounds of another network, as a wrong rule would give."""
+    """Planted: bounds of another network."""
     net = Net(straight)
     certifier = Certifier(net)
-    certifier._exact.linear.bias[:2] += torch.tensor([50.0, -50.0]).double()
-    y = torch.zeros(len(x), dtype=torch.long)
-    with pytest.raises(NoBounds, match="does not keep to its bounds"):
-        certifier.margins(x, y, 0.001)
+    certifier._copy.linear.bias[:2] += torch.tensor([50.0, -50.0])
+    with pytest.raises(Contradiction, match="something else than its copy"):
+        certifier.margins(x, torch.zeros(len(x), dtype=torch.long), 0.001)
 
 
 def signed_spread(x, weight, bias=None, *how):
+    weight, bias = weight.double(), bias.double()
     return certify._linear(certify._node(x), lambda z: F.conv2d(z, weight, bias, *how))
 
 
@@ -329,7 +441,7 @@ def tangent(x, inplace=False):
 def test_a_wrong_rule_is_found_out(rule, fault, monkeypatch, x):
     right = getattr(certify, rule)
     monkeypatch.setattr(certify, "_RULES", {func: fault if r is right else r for func, r in certify._RULES.items()})
-    with pytest.raises(NoBounds, match="does not keep to its bounds"):
+    with pytest.raises(Contradiction, match="does not keep to its bounds"):
         lower_bounds(Net(straight), x, 0.3)
 
 
@@ -402,6 +514,20 @@ def test_what_is_broken_against_a_proof_is_a_bug_that_fails_loudly(run_of, monke
     )
     with pytest.raises(RuntimeError, match=r"fmn broke sample .* where it was proved that nothing does"):
         run_of(attacks=["fmn"])
+
+
+def test_a_certifier_that_is_found_out_ends_the_run(run_of, monkeypatch):
+    proves, calls = Certifier.certifies, []
+
+    def found_out(self, *given):
+        calls.append(given)
+        if len(calls) > 4:
+            raise Contradiction("the network does not keep to its bounds")
+        return proves(self, *given)
+
+    monkeypatch.setattr(Certifier, "certifies", found_out)
+    with pytest.raises(InputError, match="what was proved of it cannot be believed; begin anew with --no-certify"):
+        run_of(batch_size=1)
 
 
 def test_certificates_survive_interruption(run_of, tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ def _frozen_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
 def _folded_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
     twin, description = _frozen_copy(module, x)
     done = []
-    if not _has_hooks(module):
+    if not has_hooks(module):
         if _fold_batch_norms(twin, x[:2]):
             done.append("batch-norm folded")
         for part in list(twin.modules()):
@@ -142,7 +142,7 @@ def _gradient(logits: Tensor, x: Tensor) -> Tensor:
     return gradient
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether somebody watches or changes what passes between the layers, which folding would change."""
     return any(
         part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
