@@ -99,7 +99,7 @@ def run(
     output: str | Path | None = None,
     resume: bool = False,
     save_adversarials: bool = False,
-    certify: bool = True,
+    certify: bool | None = None,
 ) -> Run:
     """Attack `model` on `data` and report its accuracy under perturbation.
 
@@ -130,8 +130,9 @@ def run(
     output: a run directory to write (store and reports); None keeps the run in memory. With `resume`, one that
         was interrupted is continued.
     save_adversarials: keep every adversarial, in `output`'s adversarials.npz.
-    certify: in linf, first prove what bounds on the logits can (CROWN-IBP, arXiv 1906.06316). No attack within a fixed
-        eps then runs where no adversarial exists; False has every attack run on every image that the model gets right.
+    certify: whether to prove, in linf, what bounds on the logits can (CROWN-IBP, arXiv 1906.06316); attacks within a
+        fixed eps are spared where it is proved that there is no adversarial. None for where one of the attacks is so
+        long (autoattack, apgd-t, fab-t, square, many restarts) that it pays.
 
     torch.autocast and another default dtype around the call do not reach it. Calls from several threads take turns.
 
@@ -162,7 +163,7 @@ def run(
         device=device or ("auto" if isinstance(model, str) else _device_of(model)),
         conv=conv,
         save_adversarials=bool(save_adversarials),
-        certify=bool(certify),
+        certify=None if certify is None else bool(certify),
     )
     if not isinstance(output, str | Path | None):
         raise InputError(f"output must be a folder's path, not {output!r}")

@@ -96,12 +96,13 @@ def evaluate(
         typer.Option(help="Reach this class (name or index), rather than any wrong one.", rich_help_panel=_ATTACK),
     ] = None,
     certify: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            help="In linf: prove what bounds can; attacks are spared where nothing is to be found.",
+            help="In linf: prove what bounds can; attacks are spared where nothing is to be found. Default: where an "
+            "attack is so long that it pays.",
             rich_help_panel=_ATTACK,
         ),
-    ] = True,
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images evaluated at once.", rich_help_panel=_RUN)] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...", rich_help_panel=_RUN)] = "auto",
     seed: Annotated[int, typer.Option(help="Of every random number.", rich_help_panel=_RUN)] = 0,

@@ -35,7 +35,7 @@ from robust.models.prepare import fast_twin, frozen
 from robust.models.probe import apart, count_classes, describe
 from robust.options import Options
 from robust.precision import arithmetic
-from robust.store import Clean, Picture, Result, Store
+from robust.store import Clean, Finding, Picture, Result, Store
 
 # What float32 arithmetic may add to a distance that was projected onto eps: this, and this share of eps.
 TOLERANCE = 1e-6
@@ -43,6 +43,7 @@ TOLERANCE = 1e-6
 HALF_ULP = 2**-25
 
 PREFLIGHT_IMAGES = 8
+LONG = 200  # points of a sample that stands, from which on it pays to prove first that there is nothing to be found
 SAME = 1e-3  # how far logits may be from those that the run began with, relative to the largest; TF32 is off by as much
 PUSHES = (1.001, 1.01, 1.05)  # how far out the nearest point is tried again
 RANDOM_PUSHES = (*PUSHES, 1.1, 1.2, 1.5, 2.0)  # of a random model, whose nearest point is that of its luckiest vote
@@ -256,11 +257,8 @@ class _Job:
         twin, description = fast_twin(model.module, few)
         if strayed := store.details.get("twin_strayed"):
             twin, description = model.module, strayed
-        sound = all(
-            finding.level == "pass" for finding in findings if finding.name in ("deterministic", "rows independent")
-        )
-        certifier, found = None, "the model is random, or mixes the images of a batch"
-        if sound and options.draws == 1:
+        certifier, found = None, _why_not_certified(options, plan, findings)
+        if not found:
             certifier, found = _certifier(model.module, few, logits.argmax(1), plan.target, options)
         store.set(twin=description, certifier=found, preflight=[asdict(finding) for finding in findings])
         return cls(model, twin, options, plan, store, pixels=x[0].numel(), certifier=certifier)
@@ -648,12 +646,31 @@ def _better(early: _Verified, late: _Verified) -> _Verified:
     return replace(early, outcome=counted)
 
 
+def _why_not_certified(options: Options, plan: Plan, findings: Sequence[Finding]) -> str:
+    """Why nothing is to be proved in this run, or ''."""
+    if options.norm != "linf":
+        return "there are bounds in linf only"
+    if options.certify is None and max(map(_points, plan.attacks)) < LONG:
+        return "no attack of the run is long enough for it to pay; it can be asked for with --certify"
+    if options.certify is False:
+        return "not asked for"
+    passed = {finding.name: finding.level == "pass" for finding in findings}
+    if options.draws > 1 or not passed["deterministic"] or not passed["rows independent"]:
+        return "the model is random, or mixes the images of a batch"
+    return ""
+
+
+def _points(attack: attacks.AnyAttack) -> int:
+    """How many points an attack asks about on a sample that stands, at most; 0 for foolbox's, which do not say."""
+    if isinstance(attack, attacks.Ensemble):
+        return sum(map(_points, attack.stages))
+    return attack.queries * attack.restarts * max(1, attack.targets) if isinstance(attack, attacks.Attack) else 0
+
+
 def _certifier(
     module: nn.Module, x: Tensor, y: Tensor, target: int | None, options: Options
 ) -> tuple[Certifier | None, str]:
     """A certifier, if it proves anything of the first images x, which the module says are y; and in words."""
-    if options.norm != "linf" or not options.certify:
-        return None, "not asked for" if not options.certify else "there are bounds in linf only"
     try:
         certifier = Certifier(module, options.batch_size)
         some = bool((certifier.certifies(x, y, _reach(options.eps[0]), target) & (y != target)).any())

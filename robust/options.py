@@ -67,7 +67,7 @@ class Options:
     device: str = "auto"
     conv: str = "torch"
     save_adversarials: bool = False
-    certify: bool = True
+    certify: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "restarts", "queries", "eot", "batch_size", "limit", "seed"):

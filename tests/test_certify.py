@@ -481,7 +481,7 @@ def test_a_run_is_the_same_with_certificates_and_without_and_costs_less(run_of):
 
 
 def test_certified_images_are_spared_by_attacks_within_eps_alone(run_of):
-    run = run_of(attacks=["pgd", "fmn", "noise"])
+    run = run_of(attacks=["pgd", "fmn", "noise"], certify=True)
     clean = {row.sample_id: row.certified for row in run.store.clean()}
     samples = run.samples.assign(certified=run.samples.sample_id.map(clean))
     first, right = samples.eps.min(), samples.clean_pred == samples.label
@@ -493,7 +493,15 @@ def test_certified_images_are_spared_by_attacks_within_eps_alone(run_of):
     assert partly[partly.eps == sorted(partly.eps.unique())[1]].forwards.min() > 0
 
 
-@pytest.mark.parametrize("options", [{"norm": "l2"}, {"eot": 3, "attacks": ["pgd"]}, {"certify": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm": "l2"},
+        {"eot": 3, "attacks": ["pgd"], "certify": True},
+        {"certify": False},
+        {"attacks": ["pgd", "apgd-ce"]},
+    ],
+)
 def test_runs_without_certificates(run_of, options):
     run = run_of(**options)
     assert run.store.certified() == [0, 0, 0]
@@ -504,7 +512,7 @@ def test_random_networks_are_not_certified():
     net = conv_net()
     x = images(20)
     noisy = Net(lambda net_, x: net(x + 1e-3 * torch.randn(x.shape)))
-    run = robust.run(noisy, (x, net(x).argmax(1)), attacks="pgd", eps=1e-5, steps=2)
+    run = robust.run(noisy, (x, net(x).argmax(1)), attacks="pgd", eps=1e-5, steps=2, certify=True)
     assert run.store.details["certifier"] == "the model is random, or mixes the images of a batch"
 
 
@@ -513,7 +521,7 @@ def test_what_is_broken_against_a_proof_is_a_bug_that_fails_loudly(run_of, monke
         Certifier, "certifies", lambda self, x, y, eps, target=None: torch.ones(len(x), dtype=torch.bool)
     )
     with pytest.raises(RuntimeError, match=r"fmn broke sample .* where it was proved that nothing does"):
-        run_of(attacks=["fmn"])
+        run_of(attacks=["fmn"], certify=True)
 
 
 def test_a_certifier_that_is_found_out_ends_the_run(run_of, monkeypatch):
@@ -527,11 +535,11 @@ def test_a_certifier_that_is_found_out_ends_the_run(run_of, monkeypatch):
 
     monkeypatch.setattr(Certifier, "certifies", found_out)
     with pytest.raises(InputError, match="what was proved of it cannot be believed; begin anew with --no-certify"):
-        run_of(batch_size=1)
+        run_of(batch_size=1, certify=True)
 
 
 def test_certificates_survive_interruption(run_of, tmp_path, monkeypatch):
-    whole = run_of(batch_size=1, output=tmp_path / "whole", attacks=["pgd"])
+    whole = run_of(batch_size=1, output=tmp_path / "whole", attacks=["pgd"], certify=True)
     calls = []
     loss = PGD.loss
 
@@ -543,9 +551,9 @@ def test_certificates_survive_interruption(run_of, tmp_path, monkeypatch):
 
     monkeypatch.setattr(PGD, "loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_of(batch_size=1, output=tmp_path / "cut", attacks=["pgd"])
+        run_of(batch_size=1, output=tmp_path / "cut", attacks=["pgd"], certify=True)
     monkeypatch.undo()
-    resumed = run_of(batch_size=1, output=tmp_path / "cut", attacks=["pgd"], resume=True)
+    resumed = run_of(batch_size=1, output=tmp_path / "cut", attacks=["pgd"], certify=True, resume=True)
     assert resumed.samples.equals(whole.samples)
     assert Store.open(tmp_path / "cut").certified() == whole.store.certified() != [0, 0, 0]
 
@@ -554,7 +562,14 @@ def test_certificates_survive_interruption(run_of, tmp_path, monkeypatch):
 def test_provably_robust_networks(shared, name, eps, least):
     """As many as their training was for; and no attack breaks one of them, all run on all images."""
     data = shared / "data" / ("mnist_test.npz" if "mnist" in name else "cifar10_test.zip")
-    options = {"attacks": ["fmn", "noise"], "eps": [eps / 2, eps], "steps": 30, "limit": 200, "batch_size": 128}
+    options = {
+        "attacks": ["fmn", "noise"],
+        "eps": [eps / 2, eps],
+        "steps": 30,
+        "limit": 200,
+        "batch_size": 128,
+        "certify": True,
+    }
     run = robust.run(f"{shared / 'models' / 'architectures.py'}:{name}", str(data), **options)
     certified = run.store.certified()
     assert certified[0] > certified[1] > least

@@ -69,7 +69,7 @@ def test_those_of_which_the_model_is_surest_are_attacked_first(model, data, monk
         return run(network, attack, tasks, *args, **options)
 
     monkeypatch.setattr(attacks, "run", watched)
-    table = robust.run(model, data, attacks=["fgsm"], eps=1e-9, certify=False).samples
+    table = robust.run(model, data, attacks=["fgsm"], eps=1e-9).samples
     confidence = table.clean_confidence[table.clean_pred == table.label]
     assert order == confidence.sort_values(ascending=False, kind="stable").index.tolist() != sorted(order)
 

@@ -159,7 +159,7 @@ def test_an_option_that_no_attack_takes_is_refused(model, data, names, options, 
 
 def test_an_option_goes_to_the_attacks_that_take_it_and_the_others_keep_their_own(model, data):
     x, y = data[0][:4], data[1][:4]
-    options = {"steps": 3, "queries": 20, "restarts": 2, "random_start": False, "certify": False}
+    options = {"steps": 3, "queries": 20, "restarts": 2, "random_start": False}
     run = robust.run(model, (x, y), attacks=["fgsm", "pgd", "square", "mi-fgsm", "noise"], eps=1e-6, **options)
     forwards = run.samples.groupby("attack").forwards.unique().map(list).to_dict()
     # Twice where there is something random.
