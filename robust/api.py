@@ -132,7 +132,7 @@ def run(
     save_adversarials: keep every adversarial, in `output`'s adversarials.npz.
     certify: whether to prove, in linf, what bounds on the logits can (CROWN-IBP, arXiv 1906.06316); attacks within a
         fixed eps are spared where it is proved that there is no adversarial. None for where one of the attacks is so
-        long (autoattack, apgd-t, fab-t, square, many restarts) that it pays.
+        long (autoattack, apgd-t, square, many restarts) that it pays.
 
     torch.autocast and another default dtype around the call do not reach it. Calls from several threads take turns.
 

@@ -353,9 +353,7 @@ class _Job:
         began = time.perf_counter()
         right = [row for row in clean if row.clean_pred == row.label]
         listener(attack.name, len(clean) - len(right), 0)
-        # The control runs everywhere, and attacks on the least distance look beyond every eps.
-        spared = attack.name != CONTROL and not _is_minimal(attack)
-        safe = {row.position: row.certified for row in right if spared}
+        safe = {row.position: row.certified for row in right if _is_spared(attack)}
         if certified := sum(count == len(self.options.eps) for count in safe.values()):
             right = [row for row in right if safe.get(row.position) != len(self.options.eps)]
             listener(attack.name, certified, certified)
@@ -650,7 +648,7 @@ def _why_not_certified(options: Options, plan: Plan, findings: Sequence[Finding]
     """Why nothing is to be proved in this run, or ''."""
     if options.norm != "linf":
         return "there are bounds in linf only"
-    if options.certify is None and max(map(_points, plan.attacks)) < LONG:
+    if options.certify is None and not any(_points(attack) >= LONG for attack in plan.attacks if _is_spared(attack)):
         return "no attack of the run is long enough for it to pay; it can be asked for with --certify"
     if options.certify is False:
         return "not asked for"
@@ -704,6 +702,11 @@ def within(distance: Any, eps: Any, norm: str, pixels: int) -> Any:
 
 def _is_minimal(attack: attacks.AnyAttack) -> bool:
     return isinstance(attack, attacks.Attack) and attack.budget == "minimal"
+
+
+def _is_spared(attack: attacks.AnyAttack) -> bool:
+    """Whether it leaves out what is certified: the control does not, nor what looks for a distance beyond any eps."""
+    return attack.name != CONTROL and not _is_minimal(attack)
 
 
 def needs_gradient(attack: attacks.AnyAttack) -> bool:

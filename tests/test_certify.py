@@ -499,7 +499,7 @@ def test_certified_images_are_spared_by_attacks_within_eps_alone(run_of):
         {"norm": "l2"},
         {"eot": 3, "attacks": ["pgd"], "certify": True},
         {"certify": False},
-        {"attacks": ["pgd", "apgd-ce"]},
+        {"attacks": ["pgd", "apgd-ce", "fab-t"]},
     ],
 )
 def test_runs_without_certificates(run_of, options):
