@@ -395,6 +395,7 @@ def test_there_is_room_for_what_float32_makes_of_the_network(size):
         assert (margins_of(net, (x + corner).clamp(0, 1), y) >= found).all()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_networks_that_are_not_looked_into():
     with warnings.catch_warnings(action="ignore"):
         scripted = torch.jit.trace(nn.Sequential(nn.Flatten(), nn.Linear(72, 3)).eval(), images(1, SIZE))
