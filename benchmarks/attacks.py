@@ -8,8 +8,8 @@ everywhere, from a random start, and is timed beside the network alone; AutoAtta
 turns, and the ratio printed is the median over the rounds of (peer / robust): above 1, robust is faster. Each has a
 process of its own, as its users would run it: what one leaves behind, such as the C library's memory, another would
 profit from. Robust accuracy is counted on a fresh forward pass of what each method returns, over all images. "robust"
-is the whole of `robust.run`: clean pass, certificates, attack, re-verification, 8-bit check, store. Images that it
-certifies (`robust/certify.py`) no attack can break, and it leaves them out; "robust, all attacked" certifies nothing.
+is the whole of `robust.run`: clean pass, attack, re-verification, 8-bit check, store. Under AutoAttack it leaves out
+images that it certifies (`robust/certify.py`), which no attack can break; "robust, all attacked" certifies nothing.
 
 The others are called as their users call them: foolbox and adversarial-robustness-toolbox take the gradients of
 unfrozen parameters too, and all but pyautoattack attack images that the network gets wrong anyway. With --alike all
@@ -70,9 +70,9 @@ SUITE_CASES = (
 )
 
 
-def ours(model: nn.Module, x: Tensor, y: Tensor, eps: float, certify: bool = True) -> Tensor:
+def ours(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
     batches = zip(x.split(BATCH), y.split(BATCH), strict=True)
-    run = robust.run(model, batches, attacks=["pgd"], eps=eps, steps=STEPS, batch_size=BATCH, certify=certify)
+    run = robust.run(model, batches, attacks=["pgd"], eps=eps, steps=STEPS, batch_size=BATCH)
     return torch.tensor(run.samples.robust.to_numpy())
 
 
@@ -123,7 +123,7 @@ def bare(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
     return torch.ones(len(x), dtype=torch.bool)
 
 
-def our_suite(model: nn.Module, x: Tensor, y: Tensor, eps: float, certify: bool = True) -> Tensor:
+def our_suite(model: nn.Module, x: Tensor, y: Tensor, eps: float, certify: bool | None = None) -> Tensor:
     run = robust.run(model, (x, y), attacks=["autoattack"], eps=eps, batch_size=SUITE_BATCH, certify=certify)
     return torch.tensor(run.samples.robust.to_numpy())
 
@@ -136,8 +136,7 @@ def pyautoattack(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
 
 
 PGD: dict[str, Method] = {
-    "robust": ours, "robust, all attacked": partial(ours, certify=False),
-    "foolbox": foolbox, "torchattacks": torchattacks, "art": art, "bare loop": bare,
+    "robust": ours, "foolbox": foolbox, "torchattacks": torchattacks, "art": art, "bare loop": bare,
 }  # fmt: skip
 SUITE: dict[str, Method] = {
     "robust": our_suite, "robust, all attacked": partial(our_suite, certify=False), "pyautoattack": pyautoattack,

@@ -107,7 +107,9 @@ class Certifier:
             with _no_bounds("its bounds cannot be traced back"):
                 bound, slopes = _trace_back(logits, image, ones[y] - ones[other])
             there = (image.middle - image.radius * slopes.sign()).to(x)
-            gap = torch.minimum(gap, torch.where(y == other, math.inf, self._margin(there, y, other) - bound))
+            said = self._say(there)
+            margin = said.gather(1, y[:, None])[:, 0] - said[:, other]
+            gap = torch.minimum(gap, torch.where(y == other, math.inf, margin - bound))
             least[:, other] = torch.maximum(least[:, other], bound.where(y != other, math.inf))
             lower = least[:, other] < worst
             worst = torch.where(lower, least[:, other], worst)
@@ -117,18 +119,15 @@ class Certifier:
             raise Contradiction("the network does not keep to its bounds")
         return least[:, others].amin(1) - room
 
-    def _margin(self, x: Tensor, y: Tensor, other: int) -> Tensor:
-        """(N,) what the network itself says: logit y less the other one."""
+    def _say(self, corner: Tensor) -> Tensor:
+        """(N, K) the logits of the network itself."""
         with _no_bounds("the network fails at the corner of a box"):
-            logits = self.module(x).double()
-        return logits.gather(1, y[:, None])[:, 0] - logits[:, other]
+            return self.module(corner).double()
 
-    def _rounding(self, x: Tensor) -> Tensor:
+    def _rounding(self, corner: Tensor) -> Tensor:
         """(N,) how far the network's logits are off those in float64."""
-        with _no_bounds("the network fails at the corner of a box"):
-            said = self.module(x).double()
-        _, exact = self._bounded(x.double(), torch.zeros_like(x, dtype=torch.float64))
-        off = (said - exact.middle).abs().amax(1)
+        _, exact = self._bounded(corner.double(), torch.zeros_like(corner, dtype=torch.float64))
+        off = (self._say(corner) - exact.middle).abs().amax(1)
         if not bool((off <= ALIKE * exact.middle.abs().amax(1)).all()):
             raise Contradiction("the network says something else than its copy")
         return off
