@@ -78,7 +78,7 @@ def preflight(model: Model, x: Tensor, logits: Tensor, eot: int = 1) -> Iterator
     )
     spread, lucky = apart(logits, again), False
     differ = f"two passes over the same images differ by {spread:.1e} of the largest logit"
-    if spread < 1e-5 and (lucky := is_random(module, x)):
+    if spread < 1e-5 and (lucky := is_random(module, x[:2])):
         differ = "a pass draws random numbers"
     random = lucky or spread >= 1e-5
     yield _check(

@@ -35,7 +35,7 @@ from robust.models.prepare import fast_twin, frozen
 from robust.models.probe import apart, count_classes, describe
 from robust.options import Options
 from robust.precision import arithmetic
-from robust.store import Clean, Finding, Picture, Result, Store
+from robust.store import Clean, Picture, Result, Store
 
 # What float32 arithmetic may add to a distance that was projected onto eps: this, and this share of eps.
 TOLERANCE = 1e-6
@@ -235,6 +235,7 @@ class _Job:
     store: Store
     pixels: int  # values in an image
     certifier: Certifier | None
+    steady: bool  # whether the model says the same each time
 
     @classmethod
     def prepare(cls, model: Model, x: Tensor, options: Options, plan: Plan, store: Store) -> "_Job":
@@ -257,11 +258,13 @@ class _Job:
         twin, description = fast_twin(model.module, few)
         if strayed := store.details.get("twin_strayed"):
             twin, description = model.module, strayed
-        certifier, found = None, _why_not_certified(options, plan, findings)
+        passed = {finding.name: finding.level == "pass" for finding in findings}
+        certifier, found = None, _why_not_certified(options, plan, passed)
         if not found:
             certifier, found = _certifier(model.module, few, logits.argmax(1), plan.target, options)
         store.set(twin=description, certifier=found, preflight=[asdict(finding) for finding in findings])
-        return cls(model, twin, options, plan, store, pixels=x[0].numel(), certifier=certifier)
+        steady = options.draws == 1 and passed["deterministic"]
+        return cls(model, twin, options, plan, store, pixels=x[0].numel(), certifier=certifier, steady=steady)
 
     def recognise(self, x: Tensor) -> None:
         """Record what the networks say of the first two images or, in a run that is resumed, compare.
@@ -470,44 +473,42 @@ class _Job:
             return []
         x = torch.stack([tasks[claim.position].x for claim in claims])
         y = torch.tensor([tasks[claim.position].y for claim in claims], device=x.device)
-        x_adv = torch.stack([claim.x_adv for claim in claims])
+        point = torch.stack([claim.x_adv for claim in claims])
+        found = torch.tensor([claim.found for claim in claims], device=x.device)
+        in_8bit = torch.zeros_like(found)
+        versions: Iterator[Tensor] = iter([point])  # of each claim, judged in turn until one fools the model
+        if _is_minimal(attack):
+            # The nearest point lies on the boundary, where rounding or chance decides: farther out they do not.
+            pushes = RANDOM_PUSHES if self.options.draws > 1 else PUSHES
+            versions = chain([point], ((x + factor * (point - x)).clamp_(0, 1) for factor in pushes))
+        else:
+            # First as it would be saved: what fools the model so is the adversarial and its 8-bit image in one.
+            distance = self._measure(attack, claims, x, point)[self.options.norm]
+            if self.steady:
+                in_8bit, rounded = self._in_8bit(x, point, self._rungs(distance, self.pixels))
+                in_8bit &= found
+                versions = iter([torch.where(per_slot(in_8bit, x), rounded, point), point])
+        x_adv = next(versions).clone()
         try:
             pred, confidence, logits = self._predict(x_adv)
         except InputError as error:
             raise InputError(f"at a point that {attack.name} found, {error}") from error
+        saved = in_8bit & self._fools(pred, y)
+        for version in versions:
+            rows = (found & ~self._fools(pred, y)).nonzero().squeeze(1)
+            if len(rows) == 0:
+                break
+            x_adv[rows] = version[rows]
+            pred[rows], confidence[rows], logits[rows] = self._predict(version[rows])
         if _is_minimal(attack):
-            # The nearest point lies on the boundary, where rounding or chance decides: farther out they do not.
-            found = torch.tensor([claim.found for claim in claims], device=x.device)
-            nearest = x_adv.clone()
-            for factor in RANDOM_PUSHES if self.options.draws > 1 else PUSHES:
-                rows = (found & ~self._fools(pred, y)).nonzero().squeeze(1)
-                if len(rows) == 0:
-                    break
-                pushed = (x[rows] + factor * (nearest[rows] - x[rows])).clamp_(0, 1)
-                pred[rows], confidence[rows], logits[rows] = self._predict(pushed)
-                x_adv[rows] = pushed
             claims = [replace(claim, rung=None) if claim.found else claim for claim in claims]
-        delta = x_adv.double() - x.double()
-        distances = {norm: ball.distance(delta) for norm, ball in NORMS.items()}
+        distances = self._measure(attack, claims, x, x_adv)
         distance = distances[self.options.norm]
-        in_box = (x_adv.flatten(1).amin(1) >= 0) & (x_adv.flatten(1).amax(1) <= 1)
-        limit = torch.tensor([self._limit(claim) for claim in claims], device=x.device, dtype=distance.dtype)
-        inside = in_box & self._within(distance, limit)
-        if not bool(inside.all()):
-            worst = int((~inside).nonzero()[0])
-            message = (
-                f"{attack.name} left the ball or the box on sample {claims[worst].position}: "
-                f"{self.options.norm} distance {distance[worst]:.9g}, eps {limit[worst]:.9g}"
-            )
-            if isinstance(attack, attacks.FoolboxAttack):
-                raise attacks.AttackFailed(message)
-            raise RuntimeError(f"{message}; this is a bug")
         # The image itself is no adversarial, whatever a random model says of it this time.
-        fooled = self._fools(pred, y) & inside & (distance > 0)
+        fooled = self._fools(pred, y) & (distance > 0)
         # What is projected onto eps may be rounded beyond it; where the search is for the distance itself, that counts.
-        rounding = 0 if _is_minimal(attack) else self.pixels
-        rungs = sum(~within(distance, eps, self.options.norm, rounding) for eps in self.options.eps)
-        fooled_8bit = self._survive_8bit(x, y, x_adv, rungs, fooled)
+        rungs = self._rungs(distance, 0 if _is_minimal(attack) else self.pixels)
+        fooled_8bit = self._survive_8bit(x, y, x_adv, rungs, fooled, in_8bit, saved)
         reached = [rung if rung < len(self.options.eps) else None for rung in rungs.tolist()]
         sizes = {norm: values.tolist() for norm, values in distances.items()}
         return [
@@ -518,27 +519,64 @@ class _Job:
             for k, claim in enumerate(claims)
         ]  # fmt: skip
 
+    def _measure(
+        self, attack: attacks.AnyAttack, claims: Sequence[attacks.Outcome], x: Tensor, x_adv: Tensor
+    ) -> dict[str, Tensor]:
+        """By norm the distances (N,) of the claims' points from x; an error where one has left the ball or the box."""
+        delta = x_adv.double() - x.double()
+        distances = {norm: ball.distance(delta) for norm, ball in NORMS.items()}
+        distance = distances[self.options.norm]
+        in_box = (x_adv.flatten(1).amin(1) >= 0) & (x_adv.flatten(1).amax(1) <= 1)
+        limit = torch.tensor([self._limit(claim) for claim in claims], device=x.device, dtype=distance.dtype)
+        outside = ~(in_box & self._within(distance, limit))
+        if bool(outside.any()):
+            worst = int(outside.nonzero()[0])
+            message = (
+                f"{attack.name} left the ball or the box on sample {claims[worst].position}: "
+                f"{self.options.norm} distance {distance[worst]:.9g}, eps {limit[worst]:.9g}"
+            )
+            if isinstance(attack, attacks.FoolboxAttack):
+                raise attacks.AttackFailed(message)
+            raise RuntimeError(f"{message}; this is a bug")
+        return distances
+
+    def _rungs(self, distance: Tensor, rounding: int) -> Tensor:
+        """(N,) of the smallest eps that each distance lies within; len(eps) where there is none."""
+        return torch.stack([~within(distance, eps, self.options.norm, rounding) for eps in self.options.eps]).sum(0)
+
     def _limit(self, claim: attacks.Outcome) -> float:
         """How far from x the claim may lie; the nearest adversarial that there is, anywhere."""
         if claim.rung is None:
             return math.inf if claim.found else self.options.eps[-1]
         return self.options.eps[claim.rung]
 
-    def _survive_8bit(self, x: Tensor, y: Tensor, x_adv: Tensor, first: Tensor, fooled: Tensor) -> Tensor:
+    def _in_8bit(self, x: Tensor, x_adv: Tensor, rungs: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,) bool: whose 8-bit version, which is not x, lies within the same eps; and the versions."""
+        eps = torch.tensor([*self.options.eps, self.options.eps[-1]], dtype=torch.float64, device=x.device)[rungs]
+        rounded = round_to_8bit(x, x_adv, eps.to(x), self.options.norm)
+        distance = NORMS[self.options.norm].distance(rounded.double() - x.double())
+        return self._within(distance, eps) & (distance > 0), rounded
+
+    def _survive_8bit(
+        self, x: Tensor, y: Tensor, x_adv: Tensor, first: Tensor, fooled: Tensor, tried: Tensor, saved: Tensor
+    ) -> Tensor:
         """(N, len(eps)) bool: whether an 8-bit image within eps, made from the adversarial, fools the model.
 
         first: (N,), the smallest eps that the adversarial lies within.
+        tried, saved: (N,) bool, for whom that is known already at the first eps, and for whom it does.
 
         At the eps where the adversarial was found it is that image rounded; at a larger eps, as long as no
         smaller one has survived, the same perturbation scaled up to that eps and rounded.
         """
         eps = self.options.eps
         survives = torch.zeros(len(x), len(eps), dtype=torch.bool)
-        first = first.cpu()
+        first, fooled, tried, saved = first.cpu(), fooled.cpu(), tried.cpu(), saved.cpu()
         for k, radius in enumerate(eps):
             if k:
                 survives[:, k] = survives[:, k - 1]
-            rows = torch.nonzero(fooled.cpu() & (first <= k) & ~survives[:, k]).squeeze(1)
+            known = tried & (first == k)
+            survives[:, k] |= known & saved
+            rows = torch.nonzero(fooled & (first <= k) & ~known & ~survives[:, k]).squeeze(1)
             if len(rows) == 0:
                 continue
             there = rows.to(x.device)
@@ -644,15 +682,14 @@ def _better(early: _Verified, late: _Verified) -> _Verified:
     return replace(early, outcome=counted)
 
 
-def _why_not_certified(options: Options, plan: Plan, findings: Sequence[Finding]) -> str:
-    """Why nothing is to be proved in this run, or ''."""
+def _why_not_certified(options: Options, plan: Plan, passed: Mapping[str, bool]) -> str:
+    """Why nothing is to be proved in this run, or ''; `passed` are the checks of the model."""
     if options.norm != "linf":
         return "there are bounds in linf only"
     if options.certify is None and not any(_points(attack) >= LONG for attack in plan.attacks if _is_spared(attack)):
         return "no attack of the run is long enough for it to pay; it can be asked for with --certify"
     if options.certify is False:
         return "not asked for"
-    passed = {finding.name: finding.level == "pass" for finding in findings}
     if options.draws > 1 or not passed["deterministic"] or not passed["rows independent"]:
         return "the model is random, or mixes the images of a batch"
     return ""
@@ -716,16 +753,16 @@ def needs_gradient(attack: attacks.AnyAttack) -> bool:
     return isinstance(attack, attacks.Attack) and attack.needs_grad and attack.name != "transfer"
 
 
-def round_to_8bit(x: Tensor, x_adv: Tensor, eps: float, norm: str) -> Tensor:
+def round_to_8bit(x: Tensor, x_adv: Tensor, eps: float | Tensor, norm: str) -> Tensor:
     """x_adv (N, C, H, W) as it comes back from an 8-bit image file, kept within eps of x where that can be.
 
-    Rounds to the nearest of 256 levels; in linf, to the nearest of those within eps; in l2, where the nearest
-    leave the ball, towards x. (Where x itself lies between levels there may be none within eps.)
+    eps is one for all or (N,). Rounds to the nearest of 256 levels; in linf, to the nearest of those within eps; in l2,
+    where the nearest leave the ball, towards x. (Where x itself lies between levels there may be none within eps.)
     """
     levels = (x_adv * 255).round()
     if norm == "linf":
-        slack = TOLERANCE * 255 / 2
-        low, high = ((x - eps) * 255 - slack).ceil(), ((x + eps) * 255 + slack).floor()
+        slack, radius = TOLERANCE * 255 / 2, per_slot(eps, x) if isinstance(eps, Tensor) else eps
+        low, high = ((x - radius) * 255 - slack).ceil(), ((x + radius) * 255 + slack).floor()
         levels = levels.clamp(low, high)
     else:
         towards = (x * 255).round() + ((x_adv - x) * 255).trunc()

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import attacks
 import robust
 import robust.api
+from attacks.fgsm import FGSM
 from attacks.norms import NORMS, per_slot
 from attacks.pgd import PGD
 from robust import harness
@@ -433,6 +434,37 @@ def test_rounding_to_8_bits_lands_on_the_grid_and_in_the_ball(norm, levels, seed
     assert float(rounded.min()) >= 0 and float(rounded.max()) <= 1
     if on_grid:
         assert bool(within(NORMS[norm].distance(rounded - x), eps, norm, 32).all())
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 10.3 / 255), ("l2", 0.7)])
+def test_an_adversarial_that_can_be_saved_as_an_image_is_that_image(model, norm, eps, monkeypatch):
+    x = (images(60) * 255).round() / 255
+    ask, asked = harness._Job._ask, []
+    monkeypatch.setattr(harness._Job, "_ask", lambda job, x: asked.append(len(x)) or ask(job, x))
+    run = robust.run(model, (x, model(x).argmax(1)), attacks="pgd", norm=norm, eps=eps, save_adversarials=True)
+    samples, found, lost = run.samples.set_index("sample_id"), 0, 0
+    for clean, _, _, x_adv in run.store.adversarials():
+        saved = np.allclose(x_adv * 255, (x_adv * 255).round(), atol=1e-4)
+        assert saved == (not samples.robust_8bit[clean.sample_id])
+        found, lost = found + 1, lost + (not saved)
+    assert found > 20 and 0 < lost < found
+    assert asked == [60, 60, lost]  # clean, every claim, and what is lost as an image once more
+
+
+def test_what_is_inside_only_when_rounded_has_left_the_ball_all_the_same(model, monkeypatch):
+    @dataclass(frozen=True, kw_only=True)
+    class Cheat(FGSM):
+        def init(self, state, noise):
+            return super().init(replace(state, eps=state.eps + 0.4 / 255), noise)
+
+    x = (images(40) * 255).round() / 255
+    y, eps = model(x).argmax(1), 20 / 255
+    samples = robust.run(model, (x, y), attacks="fgsm", eps=eps).samples
+    saved = torch.tensor(~samples.robust_8bit.to_numpy())
+    assert saved.sum() > 5
+    monkeypatch.setitem(attacks.ATTACKS, "fgsm", Cheat)
+    with pytest.raises(RuntimeError, match=r"fgsm left the ball or the box on sample .* this is a bug"):
+        robust.run(model, (x[saved], y[saved]), attacks="fgsm", eps=eps)
 
 
 def test_rounding_keeps_what_is_already_8_bit():
