@@ -463,6 +463,7 @@ def run_of(linear):
     return run
 
 
+@pytest.mark.long
 def test_a_run_is_the_same_with_certificates_and_without_and_costs_less(run_of):
     with_them, without = run_of(), run_of(certify=False)
     columns = ["sample_id", "attack", "eps", "success", "robust"]
@@ -497,9 +498,9 @@ def test_certified_images_are_spared_by_attacks_within_eps_alone(run_of):
 @pytest.mark.parametrize(
     "options",
     [
-        {"norm": "l2"},
+        {"norm": "l2", "attacks": ["pgd"], "certify": True},
         {"eot": 3, "attacks": ["pgd"], "certify": True},
-        {"certify": False},
+        {"attacks": ["square", "pgd"], "queries": 250, "certify": False},
         {"attacks": ["pgd", "apgd-ce", "fab-t"]},
     ],
 )

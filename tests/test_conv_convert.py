@@ -61,6 +61,7 @@ def agree(net: nn.Module, converted: nn.Module, x: torch.Tensor) -> None:
         assert (found - expected).norm() <= 1e-12 * expected.norm()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NETWORKS)
 def test_whole_networks_compute_the_same(name):
     net = network(name)

@@ -916,7 +916,8 @@ def test_a_random_model_resumes(generator, data, tmp_path):
 
 
 def test_a_run_does_not_resume_with_another_version_of_an_attack(model, data, tmp_path, monkeypatch):
-    arguments = {"data": data, "attacks": ["autoattack"], "eps": [0.02], "output": tmp_path / "run"}
+    few = data[0][:6], data[1][:6]
+    arguments = {"data": few, "attacks": ["autoattack"], "eps": [0.02], "output": tmp_path / "run"}
     robust.run(model, **arguments)
     monkeypatch.setattr(attacks.autoattack.FAB, "eta", 1.04)
     init = attacks.autoattack.FAB.__init__
@@ -1158,6 +1159,7 @@ def network(shared, factory):
     return load_model(f"{shared / 'models' / 'architectures.py'}:{factory}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("factory", "eps", "right", "standing"),
     [
@@ -1178,6 +1180,7 @@ def test_published_robust_accuracies(shared, factory, eps, right, standing):
     assert all(abs(count - standing) <= 5 for count in counts)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("factory", ["mnist_robust_03", "cifar10_robust_8px", "cifar10_resnet20"])
 def test_batch_size_changes_no_verdict_of_real_networks(shared, factory):
     model, (x, y) = network(shared, factory), first_images(shared, factory)

@@ -16,7 +16,9 @@ from attacks import engine
 from attacks.closing import onto_l0
 from attacks.fmn import vertex
 from attacks.norms import NORMS
-from toys import conv_net, images, tasks
+from toys import at_their_own, conv_net, images, tasks
+
+pytestmark = pytest.mark.long
 
 CLOSING = [("fmn", "linf"), ("fmn", "l2"), ("fmn", "l1"), ("fmn", "l0"), ("ddn", "l2"), ("sigma-zero", "l0")]
 ATTACKS = [*CLOSING, ("fab-t", "linf"), ("fab-t", "l2"), ("fab-t", "l1")]
@@ -101,15 +103,14 @@ def assert_optimal(model: nn.Module, name: str, norm: str, x: Tensor) -> None:
         assert bool((found <= 1.01 * best)[far].all())
 
 
-@pytest.mark.parametrize("make", [images, sketches])
 @pytest.mark.parametrize(("shape", "classes"), [((3, 4, 4), 2), ((3, 8, 8), 10), ((1, 28, 28), 2), ((1, 28, 28), 10)])
 @pytest.mark.parametrize(("name", "norm"), ATTACKS)
-def test_linear_networks_break_at_the_closed_form(name, norm, shape, classes, make):
-    x = make(64, shape, 5)
+def test_linear_networks_break_at_the_closed_form(name, norm, shape, classes):
+    x = torch.cat([images(32, shape, 5), sketches(32, shape, 5)])
     assert_optimal(linear(x, classes, seed=3), name, norm, x)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 1000),
     classes=st.integers(2, 10),
@@ -139,12 +140,11 @@ def test_autoattack_finds_every_success_within_reach(norm, seed, classes, side, 
     x = images(3, (1, side, side), seed)
     model = linear(x, classes, seed, weights)
     y = model(x).argmax(1)
-    for task, best in zip(tasks(x, y), least(model, norm, x, y).tolist(), strict=True):
-        if 1e-3 < best < np.inf:
-            (outcome,) = attacks.run(
-                model, attacks.make("autoattack", norm, classes=classes), [task], [1.01 * best], slots=1, seed=0
-            )
-            assert outcome.rung == 0
+    best = least(model, norm, x, y)
+    far = (best > 1e-3) & best.isfinite()
+    attack = attacks.make("autoattack", norm, classes=classes)
+    if bool(far.any()):
+        assert all(at_their_own(attack, model, x[far], y[far], (1.01 * best[far]).tolist()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -277,7 +277,7 @@ def test_onto_l0_changes_as_few_values_as_it_takes(seed, share):
 
 @pytest.mark.parametrize(("name", "norm"), ATTACKS)
 def test_company_changes_nothing(name, norm):
-    model, x = conv_net(), images(20, seed=5)
+    model, x = conv_net(), images(10, seed=5)
     y = model(x).argmax(1)
     # Half of them are done early, so that slots at different steps share the batch.
     enough = 1.3 * float(distances(model, name, norm, x, y).median())
@@ -287,7 +287,7 @@ def test_company_changes_nothing(name, norm):
             engine.run(model, attack, tasks(x, y), [1.0], slots=slots, seed=0, enough=enough),
             key=attrgetter("position"),
         )
-        for slots in (20, 3)
+        for slots in (10, 3)
     )
     assert len({outcome.forwards for outcome in apart}) > 1
     for one, other in zip(together, apart, strict=True):

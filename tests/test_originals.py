@@ -18,6 +18,8 @@ from benchmarks.originals import OurSquare, TheirSquare, exactly, in_their_order
 from benchmarks.verdicts import THEIR_NORM
 from toys import begin, conv_net, images, queries, tasks
 
+pytestmark = pytest.mark.long
+
 NORM_NAMES = ("linf", "l2", "l1")
 
 
@@ -92,8 +94,8 @@ def test_fab(norm):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.01), ("l2", 0.1), ("l1", 1.0)])
 def test_square(monkeypatch, norm, eps, channels):
-    count = 400
-    model, x = network(channels), images(4, (channels, 16, 16)).double()
+    count = 250
+    model, x = network(channels), images(3, (channels, 16, 16)).double()
     y = model(x).argmax(1)
     attack = OurSquare(norm=norm, queries=count)
     for k in range(len(x)):  # a window of theirs is the same on all images of a batch

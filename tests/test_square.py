@@ -214,6 +214,7 @@ def test_targeted_reaches_the_class_and_no_other_counts(norm):
     assert all(int(model(o.x_adv[None]).argmax()) == y[o.position] for o in reached)
 
 
+@pytest.mark.long
 def test_proposals_that_change_nothing_are_not_asked_about_and_change_no_verdict(monkeypatch):
     torch.manual_seed(3)
     model = (
@@ -289,6 +290,7 @@ def test_what_is_kept_never_loses_and_is_what_was_asked_about(norm):
     assert 30 < kept < 600
 
 
+@pytest.mark.long
 @LINF_L2_L1
 def test_batch_order_and_slots_change_nothing(norm):
     model, x = conv_net(), images(12)

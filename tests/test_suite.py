@@ -252,10 +252,11 @@ def test_with_three_classes_the_report_says_what_gave_way(data):
     assert findings(run)["attack strength"].message.startswith("autoattack is what the classes allow of")
 
 
+@pytest.mark.long
 def test_autoattack_is_the_worst_of_its_parts_and_no_worse(model, data):
     names = ("apgd-ce", "apgd-t", "fab-t", "square")
-    whole = robust.run(model, data, attacks=["autoattack"], eps=0.015, certify=False)
-    parts = robust.run(model, data, attacks=list(names), eps=0.015, certify=False)
+    few = data[0][18:38], data[1][18:38]
+    whole, parts = (robust.run(model, few, attacks=each, eps=0.025, certify=False) for each in ("autoattack", names))
     alone = parts.samples.groupby("sample_id").success.any()
     together = whole.samples.set_index("sample_id").success
     assert (alone == together).all() and 3 < together.sum() < len(together) - 3
@@ -332,7 +333,7 @@ def test_lucky_draws_are_no_success_where_the_draws_vote(data):
 
 
 def test_autoattack_rand_votes_without_being_told(data):
-    run = robust.run(Jittery(1e-3), data, attacks=["autoattack-rand"], eps=0.02)
+    run = robust.run(Jittery(1e-3), (data[0][:12], data[1][:12]), attacks=["autoattack-rand"], eps=0.02)
     assert run.store.identity["options"]["eot"] is None
     assert findings(run)["deterministic"].level == "pass"
     assert set(run.store.components("autoattack-rand")) == {"apgd-ce", "apgd-dlr"}
@@ -462,6 +463,7 @@ def test_transfer_counts_only_what_the_model_was_asked(model, data):
 # On a network that is provably robust
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not (SHARED / "models").is_dir(), reason="needs the shared networks")
 def test_no_attack_breaks_what_interval_bounds_certify():
     namespace: dict = {"__file__": str(SHARED / "models" / "architectures.py")}

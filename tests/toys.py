@@ -1,8 +1,13 @@
 """Small networks and plain drivers that several tests share."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+import attacks
+from attacks import AnyAttack
 from attacks.attack import Attack, MinimalState, State, Task
 from attacks.noise import Noise, sample_key
 
@@ -52,6 +57,15 @@ def images(n: int, shape: tuple[int, ...] = (3, 12, 12), seed: int = 1) -> Tenso
 
 def tasks(x: Tensor, y: Tensor) -> list[Task]:
     return [Task(k, sample_key(str(k)), x[k], int(y[k])) for k in range(len(x))]
+
+
+def at_their_own(attack: AnyAttack, model: nn.Module, x: Tensor, y: Tensor, eps: Sequence[float]) -> list[bool]:
+    """Of each image whether the attack breaks it within its own eps, all of them side by side."""
+    ladder = sorted(set(eps))
+    rungs = [ladder.index(radius) for radius in eps]
+    begun = [replace(task, first=rung, rungs=rung + 1) for task, rung in zip(tasks(x, y), rungs, strict=True)]
+    broken = {o.position for o in attacks.run(model, attack, begun, ladder, slots=64, seed=0) if o.rung is not None}
+    return [k in broken for k in range(len(x))]
 
 
 def noise(n: int, shape: tuple[int, ...], seed: int = 0, restart: int = 0) -> Noise:
