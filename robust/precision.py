@@ -38,14 +38,21 @@ _TURN = RLock()
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Without what code around it asked of torch: no autocast, and new tensors in float32; it comes back afterwards.
+    """Without what code around it asked of torch: no autocast, new tensors on the CPU and in float32; it comes back
+    afterwards.
 
     Threads take turns: modes, precision and random numbers are those of the process, and a module's mode is its own.
     """
     with _TURN, ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if (device := torch.get_default_device()).type != "cpu":
+            torch.set_default_device(None)
+            if torch.get_default_device().type == "cpu":
+                stack.callback(torch.set_default_device, device)
+            else:  # it is that of a with block, which nothing but another one ends
+                stack.enter_context(torch.device("cpu"))
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         yield

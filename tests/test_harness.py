@@ -643,6 +643,22 @@ def test_autocast_and_default_dtype_around_a_run_do_not_reach_it(model, data):
     assert verdicts(found) == verdicts(plain) and watching.seen == {torch.float32}
 
 
+def test_a_default_device_is_not_that_of_a_run(model, data):
+    """Here the device without values: whatever were made on it would fail, as on a GPU beside images on the CPU."""
+    arguments = {"attacks": ["pgd", "square", "fmn"], "eps": 0.02, "steps": 3, "queries": 9}
+    plain = robust.run(model, data, **arguments)
+    with torch.device("meta"):
+        inside = robust.run(model, data, **arguments)
+        assert torch.empty(1).is_meta
+    torch.set_default_device("meta")
+    try:
+        found = robust.run(model, data, **arguments)
+        assert torch.empty(1).is_meta
+    finally:
+        torch.set_default_device(None)
+    assert verdicts(found) == verdicts(inside) == verdicts(plain)
+
+
 def test_runs_in_several_threads_take_turns(model, data):
     """Each would put the modes back that it found, and find the other's."""
     network = nn.Sequential(nn.BatchNorm2d(3), model).train()
