@@ -287,6 +287,14 @@ def test_bad_images_are_named_in_valid_text(tmp_path):
     check_refused(folder, PETS, r"cat/\\xff\\n\.png is not an image")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_among_the_images_is_named_and_not_waited_for(tmp_path):
+    folder = write_tree(tmp_path, {"cat/1.png": 1, "dog/1.png": 2})
+    os.mkfifo(folder / "dog" / "2.png")
+    check_refused(folder, PETS, "dog/2.png is not a file; mend or remove it")
+    assert list(labels(load_data(str(folder), PETS, skip_bad_images=True))) == ["cat/1.png", "dog/1.png"]
+
+
 # Zips
 
 

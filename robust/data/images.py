@@ -34,6 +34,8 @@ def is_image_name(name: str) -> bool:
 
 def read_file(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():
+            raise BadImage(str(path), "is not a file")  # a pipe would be waited for
         return path.read_bytes()
     except OSError as error:
         raise BadImage(str(path), f"cannot be read ({error.strerror})") from None
