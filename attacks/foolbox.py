@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -63,6 +63,12 @@ class FoolboxAttack:
             raise ValueError(f"{name} measures its perturbations in {own}, not in {norm}")
         return attack
 
+    @property
+    def budget(self) -> Literal["fixed", "minimal"]:
+        from foolbox.attacks.base import MinimizationAttack
+
+        return "minimal" if issubclass(foolbox_attacks()[self.name], MinimizationAttack) else "fixed"
+
     def _make(self) -> Any:
         kind = foolbox_attacks()[self.name]
         takes = inspect.signature(kind).parameters
@@ -85,7 +91,6 @@ class FoolboxAttack:
 
     def _attack(self, model: nn.Module, batch: Sequence[Task], eps: Sequence[float]) -> list[Outcome]:
         from foolbox import Misclassification, PyTorchModel, TargetedMisclassification
-        from foolbox.attacks.base import MinimizationAttack
 
         x = torch.stack([task.x for task in batch])
         y = torch.tensor([task.y for task in batch], device=x.device)
@@ -96,7 +101,7 @@ class FoolboxAttack:
         if self.restarts > 1:
             attack = attack.repeat(self.restarts)
         # The minimal distance answers for every eps at once; a fixed eps is tried on what still stands.
-        minimal = issubclass(foolbox_attacks()[self.name], MinimizationAttack)
+        minimal = self.budget == "minimal"
         x_adv = x.clone()
         rung = torch.full((len(batch),), -1)
         first = torch.tensor([0 if minimal else task.first for task in batch])

@@ -451,6 +451,16 @@ def test_an_adversarial_that_can_be_saved_as_an_image_is_that_image(model, norm,
     assert asked == [60, 60, lost]  # clean, every claim, and what is lost as an image once more
 
 
+@pytest.mark.parametrize("name", ["foolbox:L2DeepFoolAttack", "fmn"])
+def test_what_a_search_for_the_least_distance_found_is_not_rounded(model, name):
+    x = (images(20) * 255).round() / 255
+    data = x, model(x).argmax(1)
+    run = robust.run(model, data, attacks=name, norm="l2", eps=1.0, steps=30, save_adversarials=True)
+    found = [x_adv for *_, x_adv in run.store.adversarials()]
+    assert len(found) > 10
+    assert not any(np.allclose(x_adv * 255, (x_adv * 255).round(), atol=1e-3) for x_adv in found)
+
+
 def test_what_is_inside_only_when_rounded_has_left_the_ball_all_the_same(model, monkeypatch):
     @dataclass(frozen=True, kw_only=True)
     class Cheat(FGSM):
