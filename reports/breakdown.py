@@ -1,17 +1,16 @@
-"""Where a model gives way: class by class, and what the images are taken for. Pure functions of the samples."""
+"""Where a model gives way: class by class, and what images are taken for. Pure functions of the samples at one eps."""
 
 import pandas as pd
 
 from robust.statistics import distance, wilson
 
 
-def per_class(samples: pd.DataFrame, eps: float) -> pd.DataFrame:
-    """Worst case over the attacks at `eps`: label, n, correct, robust, ci_low, ci_high, weakest class first.
+def per_class(samples: pd.DataFrame) -> pd.DataFrame:
+    """Worst case over the attacks: label, n, correct, robust, ci_low, ci_high, weakest class first.
 
     `correct` and `robust` are counts of images; classes without an image are left out.
     """
-    at_eps = samples[samples.eps == eps]
-    images = at_eps.assign(correct=at_eps.clean_pred == at_eps.label).groupby("sample_id")
+    images = samples.assign(correct=samples.clean_pred == samples.label).groupby("sample_id")
     images = images.agg(label=("label", "first"), correct=("correct", "first"), robust=("robust", "all"))
     table = images.groupby("label", as_index=False).agg(
         n=("robust", "size"), correct=("correct", "sum"), robust=("robust", "sum")
@@ -22,12 +21,12 @@ def per_class(samples: pd.DataFrame, eps: float) -> pd.DataFrame:
     return table.join(order).sort_values(["accuracy", "label"], kind="stable", ignore_index=True)
 
 
-def confusions(samples: pd.DataFrame, eps: float) -> pd.DataFrame:
-    """What images became at `eps`: label, adv_pred, count, most frequent first.
+def confusions(samples: pd.DataFrame) -> pd.DataFrame:
+    """What images became: label, adv_pred, count, most frequent first.
 
     An image that several attacks broke counts once, with the adversarial nearest to it.
     """
-    broken = samples[(samples.eps == eps) & samples.success]
+    broken = samples[samples.success]
     nearest = broken.assign(distance=distance(broken)).sort_values("distance", kind="stable")
     nearest = nearest.drop_duplicates("sample_id")
     table = nearest.groupby(["label", "adv_pred"], as_index=False).agg(count=("sample_id", "size"))

@@ -181,14 +181,10 @@ def _pictures(store: Store, fell: dict[str, set[str]]) -> Iterator[tuple[Picture
         clean = store.clean(picture.position, 1)[0]
         if clean.sample_id in fell.get(picture.attack, ()):
             yield picture, clean
-    samples = None
     for clean, attack, x, x_adv in store.adversarials():
         if clean.sample_id in fell.get(attack, ()):
-            if samples is None:
-                samples = store.samples()
-                samples = samples[samples.success].drop_duplicates(["sample_id", "attack"])
-                samples = samples.set_index(["sample_id", "attack"])
-            row = samples.loc[(clean.sample_id, attack)].to_dict()
+            samples = store.samples(position=clean.position)
+            row = samples[samples.success & (samples.attack == attack)].iloc[0].to_dict()
             values = row | {"role": "typical", "rank": 0.0, "position": clean.position, "attack": attack,
                             "x": x, "x_adv": x_adv, "distance": 0.0}  # fmt: skip
             yield Picture(**{field.name: values[field.name] for field in fields(Picture)}), clean

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from reports.gallery import Example, choose
 from robust.files import replacing
-from robust.statistics import summarize
 from robust.store import Store
 from robust.units import format_class, format_percent
 
@@ -28,10 +27,9 @@ _LETTERS = 16  # of _LARGE that fit under a picture
 
 def write_figures(store: Store, folder: Path) -> None:
     """One figure an example; those of an earlier report on the same run go, and what one that was killed left."""
-    samples = store.samples()
     class_names = store.details.get("class_names")
     written = set()
-    for k, example in enumerate(choose(store, samples, summarize(samples, store.seconds())), start=1):
+    for k, example in enumerate(choose(store, store.summary()), start=1):
         path = folder / "figures" / f"panda_{k}_{_safe(example.clean.sample_id)}.png"
         with replacing(path) as stream, warnings.catch_warnings():
             # A class name may need a letter that the font lacks; a box in its place is answer enough.

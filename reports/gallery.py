@@ -71,10 +71,10 @@ class Example:
         return np.clip(0.5 + delta / (2 * self.scale or 1), 0, 1)
 
 
-def choose(store: Store, samples: pd.DataFrame, summary: pd.DataFrame) -> list[Example]:
+def choose(store: Store, summary: pd.DataFrame) -> list[Example]:
     """At most `MOST` examples by the rule of `rule`, no image twice: the best of each role, then the next, ..."""
     attack, norm = strongest(summary), str(headline(summary).norm)
-    median = _median_l2(samples, attack)
+    median = _median_l2(store, summary)
     pictures = [picture for picture in store.pictures() if picture.attack == attack and len(picture.x) in (1, 3)]
     by_role = {role: [picture for picture in pictures if picture.role == role] for role in ROLES}
     by_role["typical"].sort(key=lambda picture: abs(picture.distance_l2 - median))
@@ -88,11 +88,11 @@ def choose(store: Store, samples: pd.DataFrame, summary: pd.DataFrame) -> list[E
     return [Example(picture, store.clean(picture.position, 1)[0], norm) for picture in chosen.values()][:MOST]
 
 
-def rule(samples: pd.DataFrame, summary: pd.DataFrame) -> str:
+def rule(store: Store, summary: pd.DataFrame) -> str:
     """The rule by which `choose` chooses, as it is printed."""
     attack, row = strongest(summary), headline(summary)
-    median = _median_l2(samples, attack)
-    stand = samples[(samples.attack == attack) & (samples.eps == samples.eps.max())].robust.any()
+    median = _median_l2(store, summary)
+    stand = summary[(summary.attack == attack) & (summary.eps == summary.eps.max())].robust_accuracy.any()
     return (
         f"Chosen by rule, not by beauty, from {attack}, the attack that leaves the fewest images at "
         f"{format_eps(row.eps, row.norm)}: those with the smallest change in l2; of some drawn at random, those "
@@ -102,10 +102,10 @@ def rule(samples: pd.DataFrame, summary: pd.DataFrame) -> str:
     )
 
 
-def _median_l2(samples: pd.DataFrame, attack: str) -> float:
-    """The median l2 size of the attack's successes, each image once; NaN where it has none."""
-    rows = samples[(samples.attack == attack) & (samples.eps == samples.eps.max()) & samples.success]
-    return float(rows.distance_l2.median())
+def _median_l2(store: Store, summary: pd.DataFrame) -> float:
+    """The median l2 size of the strongest attack's successes, each image once; NaN where it has none."""
+    found = store.distances(float(summary.eps.max()), "l2", strongest(summary))
+    return float(np.median(found)) if len(found) else math.nan
 
 
 def _levels(image: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from reports.jsonreport import data_fingerprint
 from robust import units
 from robust.diagnostics import CONTROL
 from robust.files import write_text
-from robust.statistics import WORST_CASE, summarize, wilson
+from robust.statistics import WORST_CASE, wilson
 from robust.store import Store
 
 LIMIT = 5_000_000  # bytes
@@ -30,13 +30,12 @@ SMALL = 100  # pixels: below, an image is drawn enlarged and with its pixels to 
 
 def write_html(store: Store, folder: Path) -> None:
     """Write `folder`/report.html, with as many examples as fit under `LIMIT`, the last ones left out first."""
-    samples = store.samples()
-    summary = summarize(samples, store.seconds())
+    summary = store.summary()
     class_names = store.details.get("class_names")
-    chosen = choose(store, samples, summary)
+    chosen = choose(store, summary)
     examples = [view(example, class_names) for example in chosen]
     template = environment(class_names).get_template("report.html.j2")
-    context = _context(store, samples, summary)
+    context = _context(store, summary)
     for count in range(len(examples), -1, -1):
         shown = sorted(examples[:count], key=lambda example: list(ROLES).index(example["role"]))
         text = template.render(context, examples=shown)
@@ -69,12 +68,13 @@ def environment(class_names: Sequence[str] | None) -> Environment:
     return made
 
 
-def _context(store: Store, samples: pd.DataFrame, summary: pd.DataFrame) -> dict[str, Any]:
+def _context(store: Store, summary: pd.DataFrame) -> dict[str, Any]:
     identity, details, row = store.identity, store.details, headline(summary)
     findings = store.findings()
     level, reason = verdict(findings)
     correct = round(row.clean_accuracy * row.n)
-    confused = confusions(samples, row.eps)
+    samples = store.samples(row.eps)
+    confused = confusions(samples)
     attacks = list(_by_attack(summary))
     skipped = details.get("skipped_images") or 0
     distances, drawn = nearest(store), with_certified(summary, store)
@@ -95,8 +95,8 @@ def _context(store: Store, samples: pd.DataFrame, summary: pd.DataFrame) -> dict
         "nearest": [_least(attack, found, correct) for attack, found in distances.items() if attack != WORST_CASE],
         "attacks": attacks,
         "control": next((rows[-1] for attack, rows in attacks if attack == CONTROL), None),
-        "rule": rule(samples, summary),
-        "classes": per_class(samples, row.eps).to_dict("records"),
+        "rule": rule(store, summary),
+        "classes": per_class(samples).to_dict("records"),
         "confusions": confused.head(CONFUSIONS_SHOWN).to_dict("records"),
         "confusions_hidden": max(0, len(confused) - CONFUSIONS_SHOWN),
         "findings": sorted(findings, key=lambda finding: ("fail", "warn", "pass").index(finding.level)),

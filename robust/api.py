@@ -47,7 +47,7 @@ class Run:
 
     @property
     def summary(self) -> pd.DataFrame:
-        """One row an (attack, norm, eps) and one for the worst case; see `robust.statistics.summarize`."""
+        """One row an (attack, norm, eps) and one for the worst case; see `robust.store.Store.summary`."""
         return self.store.summary()
 
     @property

@@ -1,10 +1,10 @@
 """The statistics of robustness: from per-sample verdicts to proportions with their uncertainty.
 
-Three groups of pure functions: intervals and tests on counts, the planning of sample sizes, and the summary of the
-sample table (`Store.samples`). Nothing here imports torch, nor scipy.stats, which would cost the gate half a second.
+Pure functions: intervals and tests on counts, and the planning of sample sizes. Nothing here imports torch, nor
+scipy.stats, which would cost the gate half a second.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import sqrt
 
 import numpy as np
@@ -137,64 +137,6 @@ def distance(samples: pd.DataFrame) -> pd.Series:
         return pd.Series(dtype=float)
     own = [samples[f"distance_{norm}"].where(samples.norm == norm) for norm in samples.norm.unique()]
     return own[0] if len(own) == 1 else pd.concat(own, axis=1).bfill(axis=1).iloc[:, 0]
-
-
-def summarize(samples: pd.DataFrame, seconds: Mapping[str, float]) -> pd.DataFrame:
-    """One row an (attack, norm, eps) and one a (worst_case, norm, eps), in the order of the samples.
-
-    Accuracies are over all samples: one that is wrong on the clean image is not robust. The worst case is
-    taken per sample over the attacks (neither the mean nor the minimum of their accuracies; auto-attack#45).
-    `median_distance` is that of the adversarial examples found, in the run's norm. `seconds` gives each
-    attack's wall-clock time; a ladder of eps is one run, so its time is shared out by the evaluations made.
-    """
-    if samples.empty:
-        return pd.DataFrame(columns=list(SUMMARY_COLUMNS))
-    table = samples.assign(
-        correct=samples.clean_pred == samples.label,
-        distance=distance(samples),
-        evaluations=samples.forwards + samples.gradients,
-    )
-    total = table.groupby("attack").evaluations.transform("sum").clip(lower=1)
-    table["seconds"] = table.attack.map(dict(seconds)).fillna(0.0) * table.evaluations / total
-    rows = [
-        _row(str(attack), str(norm), float(eps), group)
-        for (attack, norm, eps), group in table.groupby(["attack", "norm", "eps"], sort=False)
-    ]
-    worst = table.groupby(["norm", "eps", "sample_id"], sort=False, as_index=False).agg(
-        correct=("correct", "first"),
-        success=("success", "any"),
-        robust=("robust", "all"),
-        robust_8bit=("robust_8bit", "all"),
-        distance=("distance", "min"),
-        forwards=("forwards", "sum"),
-        gradients=("gradients", "sum"),
-        seconds=("seconds", "sum"),
-    )
-    rows += [
-        _row(WORST_CASE, str(norm), float(eps), group)
-        for (norm, eps), group in worst.groupby(["norm", "eps"], sort=False)
-    ]
-    return pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
-
-
-def _row(attack: str, norm: str, eps: float, group: pd.DataFrame) -> dict[str, object]:
-    n = len(group)
-    ci_low, ci_high = wilson(int(group.robust.sum()), n)
-    return {
-        "attack": attack,
-        "norm": norm,
-        "eps": eps,
-        "n": n,
-        "clean_accuracy": group.correct.mean(),
-        "robust_accuracy": group.robust.mean(),
-        "ci_low": ci_low,
-        "ci_high": ci_high,
-        "robust_accuracy_8bit": group.robust_8bit.mean(),
-        "median_distance": group.distance[group.success].median(),
-        "forwards": int(group.forwards.sum()),
-        "gradients": int(group.gradients.sum()),
-        "seconds": float(group.seconds.sum()),
-    }
 
 
 def _tail(confidence: float) -> float:

@@ -527,16 +527,16 @@ def test_classes_and_confusions_of_a_table_counted_by_hand() -> None:
     names = ["sample_id", "label", "clean_pred", "attack", "success", "adv_pred", "distance_linf"]
     samples = pd.DataFrame(rows, columns=names).assign(eps=0.1, norm="linf", distance_l2=9.0)
     samples["robust"] = (samples.label == samples.clean_pred) & ~samples.success
-    table = per_class(samples, 0.1)
+    table = per_class(samples)
     # Class 0: both images right, both broken by some attack. Class 1: c stands, d was wrong from the start.
     assert table[["label", "n", "correct", "robust"]].to_numpy().tolist() == [[0, 2, 2, 0], [1, 2, 1, 1]]
     # a became 2 (pgd's adversarial is nearer), b became 2.
-    assert confusions(samples, 0.1).to_numpy().tolist() == [[0, 2, 2]]
+    assert confusions(samples).to_numpy().tolist() == [[0, 2, 2]]
 
 
 def test_examples_are_chosen_by_the_rule(store: Store) -> None:
     samples, summary = store.samples(), store.summary()
-    examples = choose(store, samples, summary)
+    examples = choose(store, summary)
     positions = [example.picture.position for example in examples]
     assert len(positions) == len(set(positions)) <= 12
     assert {example.picture.attack for example in examples} == {"foolbox:LinfDeepFoolAttack"}
@@ -549,15 +549,14 @@ def test_examples_are_chosen_by_the_rule(store: Store) -> None:
 
 def test_images_that_withstood_are_shown_too() -> None:
     store = make_store(eps=[1 / 255, 2 / 255])
-    roles = [example.picture.role for example in choose(store, store.samples(), store.summary())]
+    roles = [example.picture.role for example in choose(store, store.summary())]
     assert roles[:4] == ["smallest", "typical", "confident", "withstood"]
-    assert "that withstood it" in rule(store.samples(), store.summary())
+    assert "that withstood it" in rule(store, store.summary())
 
 
 def test_the_rule_names_none_that_withstood_where_none_did() -> None:
     store = make_store(eps=[1 / 255, 2 / 255])
-    samples = store.samples().assign(robust=False)
-    assert "withstood" not in rule(samples, store.summary())
+    assert "withstood" not in rule(store, store.summary().assign(robust_accuracy=0.0))
 
 
 @pytest.mark.parametrize(
@@ -653,7 +652,7 @@ def test_many_eps_get_only_the_labels_that_fit() -> None:
 
 def test_figures_have_safe_names_and_300_dpi(store: Store, folder: Path) -> None:
     figures = sorted((folder / "figures").glob("panda_*.png"))
-    assert len(figures) == len(choose(store, store.samples(), store.summary()))
+    assert len(figures) == len(choose(store, store.summary()))
     assert all(re.fullmatch(r"panda_\d+_[A-Za-z0-9_-]+\.png", path.name) for path in figures)
     with Image.open(figures[0]) as image:
         assert round(image.info["dpi"][0]) == 300 and image.width > 1800

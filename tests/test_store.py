@@ -1,12 +1,18 @@
 """The store: what is written is read back, a unit is there whole or not at all."""
 
+import itertools
+import math
 import sqlite3
 
 import numpy as np
+import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from robust.errors import InputError
 from robust.options import Options
+from robust.statistics import SUMMARY_COLUMNS, WORST_CASE, wilson
 from robust.store import (
     FILENAME,
     PICTURES_KEPT,
@@ -64,6 +70,102 @@ def test_samples_come_in_the_order_of_data_attacks_and_eps(store):
     chunks = list(store.sample_chunks(rows=3))
     assert [len(chunk) for chunk in chunks] == [3, 3, 2]
     assert list(chunks[2].sample_id) == ["id1", "id1"]
+
+
+def test_samples_of_one_eps_or_one_sample(store):
+    store.add_unit(0, "pgd", 1.0, [*results(0, "pgd", True), *results(1, "pgd", False)])
+    samples = store.samples()
+    for part, rows in (
+        (store.samples(0.2), samples.eps == 0.2),
+        (store.samples(position=1), samples.sample_id == "id1"),
+        (store.samples(0.1, 0), (samples.eps == 0.1) & (samples.sample_id == "id0")),
+    ):
+        pd.testing.assert_frame_equal(part, samples[rows].reset_index(drop=True))
+
+
+# The summary
+
+
+def three() -> Store:
+    """Three samples: 0 is wrong when clean, 1 falls to fgsm only, 2 to pgd only; both at eps 0.2."""
+    store = Store.create(None, IDENTITY, {})
+    store.add_clean([clean(0, pred=1), clean(1), clean(2)])
+    for attack, broken, seconds in (("fgsm", 1, 4.0), ("pgd", 2, 8.0)):
+        rows = []
+        for k, eps in itertools.product(range(3), (0.1, 0.2)):
+            success = k == broken and eps == 0.2
+            found = (1, 0.9, 0.15, 9.0, 9.0, 9.0) if success else (None,) * 6
+            rows.append(Result(k, attack, eps, success, False, *found, 3 * (k > 0), int(k > 0), 0 if success else None))
+        store.add_unit(0, attack, seconds, rows)
+    return store
+
+
+def row(summary: pd.DataFrame, attack: str, eps: float) -> pd.Series:
+    return summary[(summary.attack == attack) & (summary.eps == eps)].iloc[0]
+
+
+def test_summary_by_hand():
+    summary = three().summary()
+    assert tuple(summary.columns) == SUMMARY_COLUMNS
+    assert list(zip(summary.attack, summary.eps, strict=True)) == [
+        (attack, eps) for attack in ("pgd", "fgsm", WORST_CASE) for eps in (0.1, 0.2)
+    ]
+    at_02 = row(summary, "pgd", 0.2)
+    assert (at_02.n, at_02.clean_accuracy, at_02.robust_accuracy) == (3, pytest.approx(2 / 3), pytest.approx(1 / 3))
+    assert (at_02.ci_low, at_02.ci_high) == pytest.approx(wilson(1, 3))
+    assert at_02.median_distance == 0.15
+    assert math.isnan(row(summary, "pgd", 0.1).median_distance)
+    assert (at_02.forwards, at_02.gradients) == (6, 2)
+    # 8 seconds over two eps with the same evaluations.
+    assert at_02.seconds == pytest.approx(4.0)
+    assert at_02.robust_accuracy_8bit == pytest.approx(2 / 3)
+
+
+def test_worst_case_is_taken_per_sample():
+    worst = row(three().summary(), WORST_CASE, 0.2)
+    # Each attack alone leaves one of three standing; together they leave none.
+    assert worst.robust_accuracy == 0
+    assert worst.forwards == 12 and worst.seconds == pytest.approx(6.0)
+
+
+def test_summary_of_nothing_has_its_columns(store):
+    assert tuple(store.summary().columns) == SUMMARY_COLUMNS and store.summary().empty
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(1, 9), seed=st.integers(0, 999), attacks=st.integers(1, 3), norm=st.sampled_from(["l2", "l1"]))
+def test_the_summary_is_that_of_the_samples(n, seed, attacks, norm):
+    random = np.random.default_rng(seed)
+    options = {"attacks": [f"b{k}" for k in range(attacks)][::-1], "norm": norm, "eps": [0.1, 0.5, 2.0]}
+    store = Store.create(None, IDENTITY | {"options": options}, {})
+    preds = random.integers(0, 2, n)
+    store.add_clean([clean(k, pred=int(pred)) for k, pred in enumerate(preds)])
+    for attack in options["attacks"]:
+        rows = []
+        for k, eps in itertools.product(range(n), options["eps"]):
+            success = preds[k] == 0 and random.random() < 0.5
+            found = (1, 0.9, *random.random(4)) if success else (None,) * 6
+            counts = map(int, random.integers(0, 9, 2))
+            rows.append(Result(k, attack, eps, success, success and random.random() < 0.5, *found, *counts, None))
+        store.add_unit(0, attack, 3.0, rows)
+    samples, summary = store.samples(), store.summary()
+    samples["correct"] = samples.clean_pred == samples.label
+    for of in summary.itertuples():
+        at = samples[samples.eps == of.eps]
+        if of.attack == WORST_CASE:
+            verdicts = at.groupby("sample_id")[["correct", "robust", "robust_8bit"]].all()
+            distances = at.groupby("sample_id")[f"distance_{norm}"].min()
+        else:
+            at = at[at.attack == of.attack]
+            verdicts, distances = at, at[f"distance_{norm}"]
+        assert of.n == n and of.norm == norm
+        assert (of.clean_accuracy, of.robust_accuracy, of.robust_accuracy_8bit) == pytest.approx(
+            (verdicts.correct.mean(), verdicts.robust.mean(), verdicts.robust_8bit.mean())
+        )
+        assert of.median_distance == pytest.approx(distances.median(), nan_ok=True)
+        assert (of.forwards, of.gradients) == (at.forwards.sum(), at.gradients.sum())
+    spent = samples.groupby("attack")[["forwards", "gradients"]].sum().sum(axis=1)
+    assert summary[summary.attack == WORST_CASE].seconds.sum() == pytest.approx(3.0 * (spent > 0).sum())
 
 
 def test_a_unit_that_fails_midway_leaves_nothing(store):
