@@ -6,7 +6,7 @@ Each attack runs on what the ones before it left standing, on every eps of the l
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import add
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -33,6 +33,7 @@ class Ensemble:
     draws: int = 1
     left_out: tuple[str, ...] = ()
     targeted: ClassVar[bool] = False
+    budget: ClassVar[Literal["fixed"]] = "fixed"  # FAB's part ends within eps
     source: ClassVar[str] = "arXiv 2003.01690"
 
     def run(

@@ -484,7 +484,7 @@ class _Job:
         else:
             # First as it would be saved: what fools the model so is the adversarial and its 8-bit image in one.
             distance = self._measure(attack, claims, x, point)[self.options.norm]
-            if self.steady and not (isinstance(attack, attacks.FoolboxAttack) and attack.budget == "minimal"):
+            if self.steady and attack.budget == "fixed":
                 in_8bit, rounded = self._in_8bit(x, point, self._rungs(distance, self.pixels))
                 in_8bit &= found
                 versions = iter([torch.where(per_slot(in_8bit, x), rounded, point), point])

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from math import sqrt
 
 import numpy as np
-import pandas as pd
 from scipy.special import bdtr, ndtri
 
 from robust.errors import InputError
@@ -129,14 +128,6 @@ def sample_size(drop: float, churn: float = CHURN, power: float = 0.8, significa
     while dips := [n for n in range(high, high + 16) if not enough(n)]:
         high = dips[-1] + 1
     return high
-
-
-def distance(samples: pd.DataFrame) -> pd.Series:
-    """The distance of each row's adversarial in the row's own norm."""
-    if samples.empty:
-        return pd.Series(dtype=float)
-    own = [samples[f"distance_{norm}"].where(samples.norm == norm) for norm in samples.norm.unique()]
-    return own[0] if len(own) == 1 else pd.concat(own, axis=1).bfill(axis=1).iloc[:, 0]
 
 
 def _tail(confidence: float) -> float:

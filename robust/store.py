@@ -12,7 +12,7 @@ import json
 import math
 import sqlite3
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import MISSING, dataclass, fields
@@ -332,8 +332,7 @@ class Store:
     def samples(self, eps: float | None = None, position: int | None = None) -> pd.DataFrame:
         """One row a (sample, attack, eps), `SAMPLE_COLUMNS`, in the order of data, attacks and eps; at one eps, or of
         one sample, where it is given."""
-        frames = list(self.sample_chunks(eps=eps, position=position))
-        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(SAMPLE_COLUMNS))
+        return pd.concat(self.sample_chunks(eps=eps, position=position), ignore_index=True)
 
     def sample_chunks(
         self, rows: int = 10_000, eps: float | None = None, position: int | None = None
@@ -392,14 +391,15 @@ class Store:
             ) JOIN clean USING (position) GROUP BY eps ORDER BY eps
         """
         rows = list(map(dict, self._db.execute(of_attacks, options["attacks"])))
-        evaluations = Counter[str]()
+        evaluations: Counter[str] = Counter()
         for row in rows:
             evaluations[row["attack"]] += row["forwards"] + row["gradients"]
+        at: defaultdict[float, float] = defaultdict(float)  # eps -> seconds
         for row in rows:
             share = (row["forwards"] + row["gradients"]) / max(1, evaluations[row["attack"]])
             row["seconds"] = seconds.get(row["attack"], 0.0) * share
-        for row in map(dict, self._db.execute(worst)):
-            rows.append(row | {"seconds": sum(of["seconds"] for of in rows if of["eps"] == row["eps"])})
+            at[row["eps"]] += row["seconds"]
+        rows += [dict(row) | {"seconds": at[row["eps"]]} for row in self._db.execute(worst)]
         for row in rows:
             found = self.distances(row["eps"], options["norm"], None if row["attack"] == WORST_CASE else row["attack"])
             ci_low, ci_high = wilson(row["stand"], row["n"])
