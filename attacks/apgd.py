@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from attacks import apgd_l1
-from attacks.attack import Attack, State
-from attacks.losses import cross_entropy, dlr, targeted_dlr
+from attacks.attack import Attack, CrossEntropyAttack, State
+from attacks.losses import dlr, targeted_dlr
 from attacks.noise import Noise
 from attacks.norms import per_slot
 
@@ -131,14 +131,10 @@ class APGD(Attack):
 
 
 @dataclass(frozen=True, kw_only=True)
-class APGDCE(APGD):
+class APGDCE(CrossEntropyAttack, APGD):
     """APGD on the cross-entropy."""
 
     name: ClassVar[str] = "apgd-ce"
-
-    def loss(self, logits: Tensor, state: State) -> Tensor:
-        loss = cross_entropy(logits, state.y)
-        return -loss if self.targeted else loss
 
 
 @dataclass(frozen=True, kw_only=True)

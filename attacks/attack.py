@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 import torch
 from torch import Tensor
 
+from attacks.losses import cross_entropy
 from attacks.noise import Noise
 from attacks.norms import NORMS, Norm
 
@@ -140,6 +141,15 @@ class Attack(ABC):
     def fools(self, pred: Tensor, state: State) -> Tensor:
         """(B,) bool: whether these predicted classes (B,) are what the attack is after."""
         return pred == state.y if self.targeted else pred != state.y
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropyAttack(Attack):
+    """One that raises the cross-entropy of the label or, when targeted, lowers it."""
+
+    def loss(self, logits: Tensor, state: State) -> Tensor:
+        loss = cross_entropy(logits, state.y)
+        return -loss if self.targeted else loss
 
 
 @dataclass(frozen=True)

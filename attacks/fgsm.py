@@ -5,13 +5,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attacks.attack import Attack, State
-from attacks.losses import cross_entropy
+from attacks.attack import CrossEntropyAttack, State
 from attacks.norms import per_slot
 
 
 @dataclass(frozen=True, kw_only=True)
-class FGSM(Attack):
+class FGSM(CrossEntropyAttack):
     """x + eps * sign(grad of the cross-entropy), clipped to [0, 1]; in l2, the normalised gradient.
 
     Nothing in it is random, so it has no restarts. Costs 2 forwards and 1 gradient a sample.
@@ -23,10 +22,6 @@ class FGSM(Attack):
     queries: ClassVar[int] = 2
 
     restarts: int = field(default=1, init=False)
-
-    def loss(self, logits: Tensor, state: State) -> Tensor:
-        loss = cross_entropy(logits, state.y)
-        return -loss if self.targeted else loss
 
     def step(self, state: State, logits: Tensor, grad: Tensor) -> State:
         delta = self.ball.steepest_(grad).mul_(per_slot(state.eps, grad))

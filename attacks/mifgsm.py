@@ -6,8 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attacks.attack import Attack, State
-from attacks.losses import cross_entropy
+from attacks.attack import CrossEntropyAttack, State
 from attacks.noise import Noise
 from attacks.norms import per_slot
 
@@ -18,7 +17,7 @@ class MomentumState(State):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MIFGSM(Attack):
+class MIFGSM(CrossEntropyAttack):
     """`steps` steps of size eps / steps along the gathered gradients, from the clean image.
 
     steps: at least 1.
@@ -42,10 +41,6 @@ class MIFGSM(Attack):
 
     def init(self, state: State, noise: Noise) -> MomentumState:
         return MomentumState(**vars(state), momentum=torch.zeros_like(state.x))
-
-    def loss(self, logits: Tensor, state: State) -> Tensor:
-        loss = cross_entropy(logits, state.y)
-        return -loss if self.targeted else loss
 
     def step(self, state: MomentumState, logits: Tensor, grad: Tensor) -> MomentumState:
         size = grad.flatten(1).abs().sum(1).clamp_(min=torch.finfo(grad.dtype).tiny)

@@ -5,14 +5,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attacks.attack import Attack, State
-from attacks.losses import cross_entropy
+from attacks.attack import CrossEntropyAttack, State
 from attacks.noise import Noise
 from attacks.norms import per_slot
 
 
 @dataclass(frozen=True, kw_only=True)
-class PGD(Attack):
+class PGD(CrossEntropyAttack):
     """`steps` steps along the steepest direction, each projected onto the ball and the box.
 
     steps: at least 1; every start and iterate is judged, the last one included.
@@ -39,10 +38,6 @@ class PGD(Attack):
         if self.random_start:
             state.query = self.ball.random(noise, state.eps).add_(state.x).clamp_(0, 1)
         return state
-
-    def loss(self, logits: Tensor, state: State) -> Tensor:
-        loss = cross_entropy(logits, state.y)
-        return -loss if self.targeted else loss
 
     def step(self, state: State, logits: Tensor, grad: Tensor) -> State:
         size = state.eps * (4 / self.steps if self.step_size is None else self.step_size)

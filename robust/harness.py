@@ -249,7 +249,8 @@ class _Job:
             check_keeps_input(model, few)
             logits = _logits(model.module, few, model.num_classes)
             findings = list(preflight(model, few, logits, options.draws))
-            has_gradient = has_input_gradient(model, few)
+            passed = {finding.name: finding.level == "pass" for finding in findings}
+            has_gradient = passed["gradients"] or has_input_gradient(model, few)
         if not has_gradient and any(needs_gradient(attack) for attack in plan.attacks):
             raise InputError(
                 "the model passes no gradient back to its input: take no_grad and detach out of its forward, "
@@ -258,7 +259,6 @@ class _Job:
         twin, description = fast_twin(model.module, few)
         if strayed := store.details.get("twin_strayed"):
             twin, description = model.module, strayed
-        passed = {finding.name: finding.level == "pass" for finding in findings}
         certifier, found = None, _why_not_certified(options, plan, passed)
         if not found:
             certifier, found = _certifier(model.module, few, logits.argmax(1), plan.target, options)
