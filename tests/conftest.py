@@ -5,6 +5,8 @@ import hypothesis
 import pytest
 import torch
 
+from reports import REPORTS
+
 # Small tensors gain nothing from threads, and test processes run side by side; this is for those that they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton asks for this when a kernel is defined.
@@ -16,6 +18,14 @@ hypothesis.settings.register_profile("fixed", derandomize=True)
 hypothesis.settings.load_profile("fixed")
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing them takes most of the time of a small run: only tests that are marked `pictures` have them drawn."""
+    if request.node.get_closest_marker("pictures") is None:
+        for name in [name for name in REPORTS if name.startswith("figures/")]:
+            monkeypatch.delitem(REPORTS, name)
 
 
 @pytest.fixture(scope="session")

@@ -85,6 +85,7 @@ def start(line: str, folder: Path, **options) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=folder, env=environment, preexec_fn=interruptible, **pipes, **options)
 
 
+@pytest.mark.pictures
 def test_a_run_leaves_what_the_contract_says(project, capsys):
     code, out, err = run(f"{COMMON} --output out --save-adversarials", capsys)
     assert (code, err) == (0, "")
@@ -315,6 +316,7 @@ def test_a_full_disk_keeps_what_is_done(project, capsys, monkeypatch):
     assert (project / "out" / "samples.csv").read_bytes() == (project / "whole" / "samples.csv").read_bytes()
 
 
+@pytest.mark.pictures
 def test_what_stands_in_the_way_of_a_report_is_named(project, capsys):
     (project / "out").mkdir()
     (project / "out" / "figures").write_text("a file")
@@ -330,15 +332,14 @@ def test_the_command_to_repeat_has_what_it_took_to_finish(project, capsys):
     assert json.loads((project / "out" / "report.json").read_text())["command"].endswith("--steps 4 --skip-bad-images")
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_a_terminal_that_knows_no_dash_is_no_failure(project, monkeypatch, encoding):
-    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+def test_a_terminal_that_knows_no_dash_is_no_failure(project, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     process = start(f"{COMMON} --attack fgsm,noise --output out".replace(" --steps 4", ""), project)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "") and "Report: out/report.html" in out
 
 
-SLOW = "--model model.py:slow --data data.npz --eps 0.01,0.03 --steps 6 --batch-size 2 --attack pgd,noise"
+SLOW = "--model model.py:slow --data data.npz --eps 0.01,0.03 --steps 3 --batch-size 2 --attack pgd,noise"
 
 
 def units(folder: Path) -> int:

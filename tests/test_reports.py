@@ -42,6 +42,8 @@ from robust.units import (
     format_seconds,
 )
 
+pytestmark = pytest.mark.pictures
+
 CLASSES = ["<script>alert(1)</script>", "=cmd|' /C calc'!A0", r"a | b $\frac$", "größer 大熊猫", "panda"]
 ATTACKS = ["fgsm", "foolbox:LinfDeepFoolAttack", "noise"]
 LADDER = [1 / 255, 2 / 255, 4 / 255, 8 / 255]

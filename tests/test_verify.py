@@ -22,9 +22,10 @@ from data_files import image_bytes, pattern, write_tree
 from reports.verify import COLUMNS, shape_rows
 from reports.verifyterminal import print_tables
 from robust import cli, verification
-from robust.conv import convert, frozen, im2col
+from robust.conv import convert, frozen, im2col, kernels
 from robust.conv.gates import Gate
 from robust.conv.geometry import Geometry
+from robust.conv.kernels.launch import INTERPRETED
 from robust.conv.ladder import Measurement
 from robust.data import load_data
 from robust.models import load_model
@@ -109,6 +110,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with networks and an .npz of 12 images that `net` mostly gets right, and the place to run in."""
     (tmp_path / "model.py").write_text(FACTORIES)
     monkeypatch.chdir(tmp_path)
+    # Triton's interpreter takes most of a verification's time; it has its part in the first test.
+    monkeypatch.setattr("robust.conv.kernels.algorithm.INTERPRETED", False)
     x = images(12, (3, 12, 10))
     with torch.no_grad():
         y = load_model("model.py:net").module(x).argmax(1)
@@ -137,7 +140,10 @@ def report(folder: Path) -> dict[str, Any]:
 # A network that is right
 
 
-def test_a_right_network_passes_all_gates_and_leaves_three_reports(project: Path, capsys: Any) -> None:
+def test_a_right_network_passes_all_gates_and_leaves_three_reports(
+    project: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("robust.conv.kernels.algorithm.INTERPRETED", INTERPRETED)
     code, out, err = run("--output out", capsys)
     assert (code, err) == (0, "")
     lines = out.splitlines()
@@ -172,6 +178,8 @@ def test_a_right_network_passes_all_gates_and_leaves_three_reports(project: Path
     assert tuple(rows[0]) == COLUMNS
     assert len(rows) == len(written["gates"])
     assert {row["limit"] for row in rows if row["gate"] == "error"} == {"", "1e-08"}
+    runs = kernels.misfit(Geometry((1, 1)), torch.float32, torch.device("cpu")) is None
+    assert runs == ("triton" in {row["algorithm"] for row in rows})
 
 
 def test_a_single_image_with_its_label(project: Path, capsys: Any) -> None:
