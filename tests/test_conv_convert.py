@@ -66,7 +66,7 @@ def agree(net: nn.Module, converted: nn.Module, x: torch.Tensor) -> None:
 def test_whole_networks_compute_the_same(name):
     net = network(name)
     x = images(2, (3, 80, 80) if "inception" in name else (3, 40, 48)).double()
-    converted = convert(net, x, strict=True)
+    converted = convert(net, x, strict=True, check=False)  # what it would check is seen here
     assert not converted.missed and not converted.faults
     agree(net, converted.module, x)
 
