@@ -49,14 +49,16 @@ def network(name: str, seed: int = 0) -> nn.Module:
 
 
 def agree(net: nn.Module, converted: nn.Module, x: torch.Tensor) -> None:
-    """Logits and input gradient, by a random cotangent, up to float64's rounding."""
+    """Logits, with gradients and without, and input gradient, by a random cotangent, up to float64's rounding."""
     results = []
     for module in (net, converted):
+        with torch.no_grad():
+            unwatched = module(x)
         query = x.clone().requires_grad_()
         y = module(query)
         g = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(2))
         (gradient,) = torch.autograd.grad(y, query, g)
-        results.append((y.detach(), gradient))
+        results.append((unwatched, y.detach(), gradient))
     for found, expected in zip(results[1], results[0], strict=True):
         assert (found - expected).norm() <= 1e-12 * expected.norm()
 

@@ -277,7 +277,7 @@ def test_onto_l0_changes_as_few_values_as_it_takes(seed, share):
 
 @pytest.mark.parametrize(("name", "norm"), ATTACKS)
 def test_company_changes_nothing(name, norm):
-    model, x = conv_net(), images(6, seed=5)
+    model, x = conv_net(), images(10, seed=5)
     y = model(x).argmax(1)
     # Half of them are done early, so that slots at different steps share the batch.
     enough = 1.3 * float(distances(model, name, norm, x, y).median())
@@ -287,7 +287,7 @@ def test_company_changes_nothing(name, norm):
             engine.run(model, attack, tasks(x, y), [1.0], slots=slots, seed=0, enough=enough),
             key=attrgetter("position"),
         )
-        for slots in (6, 4)
+        for slots in (10, 3)
     )
     assert len({outcome.forwards for outcome in apart}) > 1
     for one, other in zip(together, apart, strict=True):
