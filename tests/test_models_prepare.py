@@ -458,6 +458,16 @@ def test_the_twin_reads_images_in_the_order_of_memory(monkeypatch):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("flatten", [nn.Flatten(), nn.Sequential(nn.Flatten())], ids=["of images", "of rows"])
+def test_a_linear_layer_by_onednn_may_be_activated_in_place(flatten):
+    x = images(16)
+    net = nn.Sequential(flatten, nn.Linear(768, 100), nn.ReLU(inplace=True), nn.Linear(100, 10)).eval()
+    twin, description = fast_twin(net, x)
+    assert description == "linear layers by oneDNN"
+    for ours, theirs in zip(logits_and_gradient(twin, x), logits_and_gradient(net, x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_the_twin_takes_large_linear_layers_only():
     x = images(8)
     wide = nn.Sequential(nn.Flatten(), nn.Linear(192, 400), nn.ReLU(), nn.Linear(400, 10)).eval()

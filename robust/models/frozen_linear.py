@@ -45,7 +45,8 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.flattens:
-            return _Product.apply(x, self.packed)
+            rows = x.reshape(-1, x.shape[-1])
+            return _Product.apply(rows, self.packed).view(*x.shape[:-1], len(self.weight))
         if x.ndim != 4 or x.is_contiguous():
             return _Product.apply(x.flatten(1), self.packed)
         image = x.shape[1:]
@@ -77,7 +78,6 @@ class _Product(torch.autograd.Function):
         return _product(g, ctx.transposed, None), None
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias: (..., K), (N, K), (N,) -> (..., N)."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return product(rows, weight[None], Epilogue(shift=bias)).view(*x.shape[:-1], len(weight))
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """rows @ weight.T + bias: (M, K), (N, K), (N,) -> (M, N). No view, which an activation in place might not write to."""
+    return product(rows.contiguous(), weight[None], Epilogue(shift=bias))
