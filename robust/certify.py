@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from robust.models.prepare import copied, has_hooks
+from robust.models.prepare import copied, has_hooks, is_compiled
 
 MOST_VALUES = 2**18  # of the images bounded at once
 MOST_PARAMETERS = 2**24  # of larger networks bounds say nothing
@@ -59,7 +59,7 @@ class Certifier:
         tensors = [*module.parameters(), *module.buffers()]
         if sum(tensor.numel() for tensor in tensors) > MOST_PARAMETERS:
             raise NoBounds("the network is too large")
-        if any(map(_is_compiled, module.modules())):
+        if any(map(is_compiled, module.modules())):
             raise NoBounds("the network is compiled")
         if has_hooks(module):
             raise NoBounds("the network has hooks")
@@ -154,14 +154,6 @@ def _no_bounds(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise NoBounds(f"{what} ({type(error).__name__})") from error
-
-
-def _is_compiled(part: nn.Module) -> bool:
-    return (
-        isinstance(part, torch.jit.ScriptModule)
-        or hasattr(part, "_orig_mod")
-        or getattr(part, "_compiled_call_impl", None) is not None
-    )
 
 
 @dataclass(eq=False)

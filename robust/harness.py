@@ -31,7 +31,7 @@ from robust.diagnostics import CONTROL, check_keeps_input, has_input_gradient, p
 from robust.errors import InputError, unknown
 from robust.models.model import Model
 from robust.models.prepare import TOLERANCE as TWIN_TOLERANCE
-from robust.models.prepare import fast_twin, frozen
+from robust.models.prepare import fast_twin, frozen, quickest_format
 from robust.models.probe import apart, count_classes, describe
 from robust.options import Options
 from robust.precision import arithmetic
@@ -236,6 +236,7 @@ class _Job:
     pixels: int  # values in an image
     certifier: Certifier | None
     steady: bool  # whether the model says the same each time
+    memory_format: torch.memory_format  # in which it is given the images that it judges
 
     @classmethod
     def prepare(cls, model: Model, x: Tensor, options: Options, plan: Plan, store: Store) -> "_Job":
@@ -264,7 +265,8 @@ class _Job:
             certifier, found = _certifier(model.module, few, logits.argmax(1), plan.target, options)
         store.set(twin=description, certifier=found, preflight=[asdict(finding) for finding in findings])
         steady = options.draws == 1 and passed["deterministic"]
-        return cls(model, twin, options, plan, store, pixels=x[0].numel(), certifier=certifier, steady=steady)
+        memory_format = quickest_format(model.module, few, logits) if steady else torch.contiguous_format
+        return cls(model, twin, options, plan, store, x[0].numel(), certifier, steady, memory_format)
 
     def recognise(self, x: Tensor) -> None:
         """Record what the networks say of the first two images or, in a run that is resumed, compare.
@@ -611,7 +613,10 @@ class _Job:
             f"on batches of up to {rows} images",
             "mend that and go on, or begin anew with a batch_size that it takes",
         ):
-            parts = [_logits(module, padded(part, rows), self.model.num_classes)[: len(part)] for part in x.split(rows)]
+            parts = [
+                _logits(module, padded(part, rows), self.model.num_classes)[: len(part)]
+                for part in x.contiguous(memory_format=self.memory_format).split(rows)
+            ]
         return torch.cat(parts)
 
     def _results(self, row: Clean, attack: str, verified: _Verified | None) -> Iterator[Result]:

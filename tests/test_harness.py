@@ -984,6 +984,33 @@ class Rounding(nn.Module):
         return self.net(_Round.apply(x) if x.requires_grad else x)
 
 
+class Lies(nn.Module):
+    """Notes how the images lie in memory that it is given without a gradient; `views` takes them in one way only."""
+
+    def __init__(self, views=False):
+        super().__init__()
+        self.conv, self.linear, self.views, self.seen = nn.Conv2d(3, 4, 3), nn.Linear(144, 5), views, []
+
+    def forward(self, x):
+        if not x.requires_grad and len(x) == 10:
+            self.seen.append(x.is_contiguous(memory_format=torch.channels_last))
+        inner = self.conv(x)
+        return self.linear(inner.view(len(x), -1) if self.views else inner.flatten(1))
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_the_model_judges_images_with_the_channels_last_if_it_takes_them(views):
+    torch.manual_seed(0)
+    net, x = Lies(views), images(20, (3, 8, 8))
+    with torch.no_grad():
+        y = net(x).argmax(1)
+    net.seen.clear()
+    run = robust.run(net, (x, y), attacks=["pgd"], eps=0.3, steps=3, batch_size=10)
+    # Two full batches of clean images and two of points that the attack found.
+    assert len(net.seen) >= 4 and net.seen == [not views] * len(net.seen)
+    assert run.samples.success.any() and run.samples.clean_pred.tolist() == y.tolist()
+
+
 class Squeezes(nn.Module):
     """Works on several images only."""
 

@@ -13,7 +13,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from robust.models.frozen_linear import FrozenLinear
-from robust.models.prepare import _suits_channels_last, fast_twin, frozen
+from robust.models.prepare import _suits_channels_last, fast_twin, frozen, quickest_format
 from robust.models.thin_conv import ThinConv2d
 from toys import conv_net
 
@@ -102,6 +102,18 @@ class Recurrent(nn.Module):
         return self.head(self.norm2(self.conv(x)).relu())
 
 
+class Positioned(nn.Module):
+    """What one of its convolutions reads is no image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.places = plain(), nn.Conv2d(2, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.ones(1, 2, *x.shape[2:])
+        return self.layers(x + self.places(places))
+
+
 class Standardised(nn.Conv2d):
     """Scaling its weights changes nothing, so no batch-norm can be folded into it."""
 
@@ -139,6 +151,7 @@ def timms() -> nn.Module:
         (Functional, 0),
         (timms, 0),
         (tied, 0),
+        (Positioned, 0),
         (PreActivation, 1),
         (Recurrent, 2),
         (standardised, 1),
@@ -172,6 +185,43 @@ def test_batch_norms_are_folded_where_that_changes_nothing(make: Callable[[], nn
 def test_which_networks_go_to_channels_last(make: Callable[[], nn.Module], on_cpu: bool, on_gpu: bool) -> None:
     found = [_suits_channels_last(make(), torch.device(device)) for device in ("cpu", "cuda")]
     assert found == [on_cpu, on_gpu]
+
+
+class Viewing(nn.Sequential):
+    """Which flattens by `view`, as many do; with the channels last in memory that cannot be."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, linear = self
+        return linear(conv(x).view(len(x), -1))
+
+
+class Addressing(nn.Sequential):
+    """Which takes it for granted how images lie in memory, as custom operations may."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (layers,) = self
+        return layers(x.as_strided(x.shape, torch.empty(x.shape).stride()))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize(
+    ("make", "last"),
+    [
+        (plain, True),
+        (lambda: torchvision.models.resnet18(weights=None), True),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), False),
+        (lambda: Viewing(nn.Conv2d(3, 8, 3, stride=2), nn.Linear(1800, 10)), False),
+        (lambda: Addressing(plain()), False),
+        (lambda: torch.jit.script(plain()), False),
+        (lambda: torch.compile(plain(), backend="eager"), False),
+    ],
+)  # fmt: skip
+def test_how_images_lie_in_memory_for_the_model_itself(make: Callable[[], nn.Module], last: bool) -> None:
+    module, x = seeded(make()), images()
+    with torch.no_grad():
+        logits = module(x)
+    assert quickest_format(module, x, logits) == (torch.channels_last if last else torch.contiguous_format)
+    assert quickest_format(module, x, -logits) == torch.contiguous_format
 
 
 def test_the_model_is_left_exactly_as_it_was() -> None:

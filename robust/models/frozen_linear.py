@@ -79,5 +79,5 @@ class _Product(torch.autograd.Function):
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """rows @ weight.T + bias: (M, K), (N, K), (N,) -> (M, N). No view, which an activation in place might not write to."""
+    """rows @ weight.T + bias: (M, K), (N, K), (N,) -> (M, N). No view: autograd lets nobody write to one in place."""
     return product(rows.contiguous(), weight[None], Epilogue(shift=bias))
