@@ -9,17 +9,21 @@ is one run. An attack that looks for the least distance does not climb: it answe
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor
 
 from attacks.attack import Attack, MinimalState, Outcome, State, Task, cat
+from attacks.backward import NoRule, gradient_of_rows
 from attacks.noise import Noise
 from attacks.norms import inside, per_slot
 
 STEADY = 16  # evaluations of equally many rows, after which kernels of their own pay and they are no longer padded
+FEW = 7 / 8  # of a batch's rows, up to which it pays to go back with these alone
 
 
 def run(
@@ -35,7 +39,8 @@ def run(
 ) -> Iterator[Outcome]:
     """Attack every task over the rising ladder `eps`; outcomes come as slots retire, in no fixed order.
 
-    `model` maps (B, C, H, W) to (B, K) logits, row by row. At most `slots` rows are evaluated at once. What is
+    `model` maps (B, C, H, W) to (B, K) logits, row by row. One that has `by_rows` set says that attacks/backward.py may
+    take its gradient for some of the rows. At most `slots` rows are evaluated at once. What is
     found on a sample depends on (seed, key) and not on its company in the batch.
 
     draws: evaluations of each point, for models that are random: gradients and logits are averaged, and the
@@ -61,7 +66,7 @@ def run(
         state.asked += 1
         last = attack.last(state)
         wants_grad = attack.needs_grad and bool((attack.wants_grad(state) & ~last).any())
-        logits, grad, state.fooled, doubt = _evaluate(model, attack, state, wants_grad, room, draws)
+        logits, state.fooled, doubt, gradient = _evaluate(model, attack, state, wants_grad, room, draws)
         if isinstance(state, MinimalState):
             _keep_nearest(attack, state)
             done = state.best_distance <= enough
@@ -76,18 +81,20 @@ def run(
                 done = done & ~likely
 
         starting = []
-        ended = done | last
+        ended, kept, gone = done | last, None, None
         if bool(ended.any()):
             over, kept = (rows.nonzero().squeeze(1) for rows in (ended, ~ended))
-            gone = asking[over]
-            broken = done[over]
+            gone, broken = asking[over], done[over]
+            asking, logits = asking[kept], logits[kept]
+        grad = gradient(asking.state, kept) if asking and wants_grad else None
+        del gradient  # and the graph, before the model makes another one
+        if gone:
             for climb, fell, left in zip(gone.climbs, broken.tolist(), _left(gone.state, broken), strict=True):
                 climb.end(*left, draws)
                 if fell or (climb.found and not minimal) or not climb.advance():
                     yield climb.outcome(eps, minimal)
                 else:
                     starting.append(climb)
-            asking, logits, grad = asking[kept], logits[kept], None if grad is None else grad[kept]
             free = slots - len(asking) - len(waiting or ()) - len(starting)
             starting += islice(queue, free)
         if asking:
@@ -297,51 +304,86 @@ def vote(draws: Sequence[Tensor]) -> Tensor:
     return logits.mean(0).where(votes == votes.amax(1, keepdim=True), -torch.inf).argmax(1)
 
 
+# From the state (R, ...) of some of the slots asked about, and which they are, (R,) or None for all, to the gradient of
+# the attack's loss at their queries.
+Gradient = Callable[[State, Tensor | None], Tensor]
+
+
 def _evaluate(
     model: Callable[[Tensor], Tensor], attack: Attack, state: State, wants_grad: bool, slots: int, draws: int
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """At the queries: logits (B, K) in the images' precision, the gradient of the attack's loss (B, C, H, W) if wanted,
-    who is fooled (B,), and the share of draws that are not (B,), for attacks within a fixed eps.
+) -> tuple[Tensor, Tensor, Tensor, Gradient]:
+    """At the queries: logits (B, K) in the images' precision, who is fooled (B,), the share of draws that are not (B,),
+    for attacks within a fixed eps, and what gives the gradient, if it is wanted.
     """
-    parts = [_ask(model, attack, state, wants_grad, slots) for _ in range(draws)]
-    logits, grad = parts[0]
-    fooled = attack.fools(vote([drawn for drawn, _ in parts]), state)
+    said, drawn = [], []
+    for _ in range(draws):
+        query = padded(state.query.detach(), slots).requires_grad_(wants_grad)
+        with torch.set_grad_enabled(wants_grad):
+            logits = model(query)
+        said.append(logits.detach()[: len(state.query)].clone())  # a model may write its next logits over these
+        gradient = partial(_gradient, attack, query, logits, getattr(model, "by_rows", False))
+        if draws > 1 and wants_grad:  # one graph at a time
+            drawn.append(gradient(state, None))
+    fooled = attack.fools(vote(said), state)
     doubt = ~fooled
-    if draws > 1:
-        if attack.budget == "fixed":
-            doubt = torch.stack([~attack.fools(drawn.argmax(1), state) for drawn, _ in parts]).float().mean(0)
-        logits = torch.stack([drawn for drawn, _ in parts]).mean(0)
-        grad = torch.stack([drawn for _, drawn in parts if drawn is not None]).mean(0) if wants_grad else None
-    return logits.to(state.x.dtype), grad, fooled, doubt
+    if draws == 1:
+        return said[0].to(state.x.dtype), fooled, doubt, gradient
+    if attack.budget == "fixed":
+        doubt = torch.stack([~attack.fools(one.argmax(1), state) for one in said]).float().mean(0)
+
+    def mean(_: State, rows: Tensor | None) -> Tensor:
+        grad = torch.stack(drawn).mean(0)
+        return grad if rows is None else grad[rows]
+
+    return torch.stack(said).mean(0).to(state.x.dtype), fooled, doubt, mean
 
 
-def _ask(
-    model: Callable[[Tensor], Tensor], attack: Attack, state: State, wants_grad: bool, slots: int
-) -> tuple[Tensor, Tensor | None]:
-    n, query = len(state.query), padded(state.query.detach(), slots)
-    if not wants_grad:
-        with torch.no_grad():
-            return model(query)[:n].clone(), None  # a model may write its next logits over these
-    query.requires_grad_()
-    with torch.enable_grad():
-        logits = model(query)[:n]
-        grad = _gradient(logits, query, attack, state)[:n]
+def _gradient(
+    attack: Attack, query: Tensor, logits: Tensor, by_rows: bool, state: State, rows: Tensor | None
+) -> Tensor:
+    """Of the attack's loss at query[rows], or at all but the padding; the loss is taken in the images' precision."""
+    which = slice(len(state.x)) if rows is None else rows
+    grad = None
+    if by_rows and rows is not None and len(rows) <= FEW * len(query):
+        with suppress(NoRule):
+            grad = _through_few(attack, query, logits, state, rows)
+    if grad is None:
+        grad = _through_all(attack, query, logits, state, which)[which]
     if not bool(grad.sum().isfinite()):
         grad = grad.nan_to_num(0, 0, 0)  # what is no number shows no way
-    # An attack may overwrite its gradient; that of a sum is one number seen many times.
-    return logits.detach().clone(), grad.clone() if 0 in grad.stride() else grad
+    # An attack may overwrite it; that of a sum is one number seen many times.
+    return grad.clone() if 0 in grad.stride() else grad
 
 
-def _gradient(logits: Tensor, query: Tensor, attack: Attack, state: State) -> Tensor:
-    """Of the attack's loss at the queries (padding may follow); the loss is taken in the images' precision.
+def _through_few(attack: Attack, query: Tensor, logits: Tensor, state: State, rows: Tensor) -> Tensor:
+    """Of the rows alone."""
+    slopes, size = _slopes(attack, logits[rows], state)
+    # Of a few sizes, as batches are.
+    rows, slopes = padded(rows, len(query)), padded(slopes, len(query))
+    return gradient_of_rows(logits, query, rows, slopes)[: len(size)] * per_slot(size, query)
 
-    Through a network in half precision each row passes scaled to 1, and is scaled back behind it: a sure classifier's
-    gradients are too small for float16.
+
+def _through_all(attack: Attack, query: Tensor, logits: Tensor, state: State, which: Tensor | slice) -> Tensor:
+    """Of all rows, zero but for some of them."""
+    with torch.enable_grad():
+        chosen = logits[which]
+        if logits.dtype == query.dtype:
+            return torch.autograd.grad(attack.loss(chosen, state).sum(), query)[0]
+        slopes, size = _slopes(attack, chosen, state)
+        (through,) = torch.autograd.grad(chosen, query, slopes)
+    through[which] *= per_slot(size, query)
+    return through
+
+
+def _slopes(attack: Attack, logits: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    """The gradient (R, K) of the attack's loss at the logits, each row divided by its size (R,).
+
+    That is 1 but where the network is in half precision: a sure classifier's gradients are too small for float16.
     """
-    if logits.dtype not in (torch.float16, torch.bfloat16):
-        return torch.autograd.grad(attack.loss(logits.to(query.dtype), state).sum(), query)[0]
-    said = logits.detach().to(query.dtype).requires_grad_()
-    (grad,) = torch.autograd.grad(attack.loss(said, state).sum(), said)
-    size = grad.abs().amax(1).clamp(min=torch.finfo(grad.dtype).tiny)
-    (through,) = torch.autograd.grad(logits, query, (grad / size[:, None]).to(logits.dtype))
-    return through[: len(size)] * per_slot(size, query)
+    said = logits.detach().to(state.x.dtype).requires_grad_()
+    with torch.enable_grad():
+        (slopes,) = torch.autograd.grad(attack.loss(said, state).sum(), said)
+    size = torch.ones_like(slopes[:, 0])
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        size = slopes.abs().amax(1).clamp(min=torch.finfo(slopes.dtype).tiny)
+    return (slopes / size[:, None]).to(logits.dtype), size

@@ -27,12 +27,12 @@ from attacks.norms import NORMS, per_slot
 from robust.certify import Certifier, Contradiction, NoBounds
 from robust.data.labels import label_of
 from robust.data.sample import Dataset, Sample
-from robust.diagnostics import CONTROL, check_keeps_input, has_input_gradient, preflight, review
+from robust.diagnostics import CONTROL, check_gradients, check_keeps_input, preflight, review
 from robust.errors import InputError, unknown
 from robust.models.model import Model
 from robust.models.prepare import TOLERANCE as TWIN_TOLERANCE
 from robust.models.prepare import fast_twin, frozen, quickest_format
-from robust.models.probe import apart, count_classes, describe
+from robust.models.probe import Seen, apart, count_classes, describe
 from robust.options import Options
 from robust.precision import arithmetic
 from robust.store import Clean, Picture, Result, Store
@@ -250,14 +250,15 @@ class _Job:
             check_keeps_input(model, few)
             logits = _logits(model.module, few, model.num_classes)
             findings = list(preflight(model, few, logits, options.draws))
-            passed = {finding.name: finding.level == "pass" for finding in findings}
-            has_gradient = passed["gradients"] or has_input_gradient(model, few)
-        if not has_gradient and any(needs_gradient(attack) for attack in plan.attacks):
+            seen = Seen.of(model.module, few)
+            findings.append(check_gradients(seen))
+        passed = {finding.name: finding.level == "pass" for finding in findings}
+        if seen.gradient is None and any(needs_gradient(attack) for attack in plan.attacks):
             raise InputError(
                 "the model passes no gradient back to its input: take no_grad and detach out of its forward, "
                 "or use --attack noise"
             )
-        twin, description = fast_twin(model.module, few)
+        twin, description = fast_twin(model.module, few, seen)
         if strayed := store.details.get("twin_strayed"):
             twin, description = model.module, strayed
         certifier, found = None, _why_not_certified(options, plan, passed)
@@ -265,7 +266,7 @@ class _Job:
             certifier, found = _certifier(model.module, few, logits.argmax(1), plan.target, options)
         store.set(twin=description, certifier=found, preflight=[asdict(finding) for finding in findings])
         steady = options.draws == 1 and passed["deterministic"]
-        memory_format = quickest_format(model.module, few, logits) if steady else torch.contiguous_format
+        memory_format = quickest_format(model.module, few[:2], logits[:2]) if steady else torch.contiguous_format
         return cls(model, twin, options, plan, store, x[0].numel(), certifier, steady, memory_format)
 
     def recognise(self, x: Tensor) -> None:
@@ -671,6 +672,7 @@ class _Watched(nn.Module):
     def __init__(self, name: str, module: nn.Module):
         super().__init__()
         self.name, self.module = name, module
+        self.by_rows = getattr(module, "by_rows", False)
 
     def forward(self, x: Tensor) -> Tensor:
         with _readable_failure(

@@ -12,10 +12,15 @@ from torch import Tensor, nn
 
 def is_random(module: nn.Module, x: Tensor) -> bool:
     """Whether a pass over x draws from the generators of torch, Python or numpy; they are put back."""
+    return watched(module, x)[1]
+
+
+def watched(module: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
+    """What the module says of x, and whether it draws for it; see `is_random`."""
     with seeded(), torch.no_grad():
         before = _states()
-        module(x)
-        return _states() != before
+        said = module(x)
+        return said, _states() != before
 
 
 @contextmanager

@@ -45,8 +45,8 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.flattens:
-            rows = x.reshape(-1, x.shape[-1])
-            return _Product.apply(rows, self.packed).view(*x.shape[:-1], len(self.weight))
+            rows = _Product.apply(x.reshape(-1, x.shape[-1]), self.packed)
+            return rows if x.ndim == 2 else rows.view(*x.shape[:-1], len(self.weight))
         if x.ndim != 4 or x.is_contiguous():
             return _Product.apply(x.flatten(1), self.packed)
         image = x.shape[1:]
@@ -67,6 +67,8 @@ class _Packed(NamedTuple):
 
 
 class _Product(torch.autograd.Function):
+    by_row = True  # see attacks/backward.py
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: _Packed) -> Tensor:
         ctx.transposed = packed.transposed

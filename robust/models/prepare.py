@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attacks.backward import NoRule, gradient_of_rows, readers
 from robust.conv.frozen import fold
 from robust.models.frozen_linear import FrozenLinear
-from robust.models.probe import apart, describe
+from robust.models.probe import Seen, apart, describe, weights
 from robust.models.thin_conv import ThinConv2d
 
 ALIKE = 0.95  # the least cosine between the input gradients of a twin and its module
@@ -40,8 +41,10 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(required)
 
 
-def fast_twin(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
+def fast_twin(module: nn.Module, x: Tensor, seen: Seen | None = None) -> tuple[nn.Module, str]:
     """A faster equivalent of `module` for its forward and input gradient, and in words what it is.
+
+    seen: what the module says of x, if it has been asked.
 
     A copy in eval mode with frozen parameters, each batch-norm folded into its convolution, in channels_last, and on
     a CPU with input gradients of few channels computed by blocks of pixels and large linear layers by oneDNN.
@@ -54,8 +57,13 @@ def fast_twin(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
     faults: list[str] = []
     for make in (_folded_copy, _frozen_copy):
         try:
+            if seen is None:
+                with frozen(module):
+                    seen = Seen.of(module, x)
             twin, description = make(module, x)
-            fault = difference(twin, module, x)
+            said = Seen.of(twin, x)
+            fault = difference(said, seen)
+            twin.by_rows = goes_by_rows(said)  # type: ignore[assignment]  # modules may have any attribute
         except Exception as error:  # a user's module may raise anything; all that is lost is speed
             fault = describe(error)
         if fault is None:
@@ -135,36 +143,39 @@ def _suits_channels_last(module: nn.Module, device: torch.device) -> bool:
     return bool(convolutions) and not (device.type == "cuda" and depthwise)
 
 
-def difference(twin: nn.Module, module: nn.Module, x: Tensor) -> str | None:
-    """Why `twin` cannot stand in for `module` on `x`, or None."""
-    with frozen(module), torch.enable_grad():
-        query = x.detach().clone().requires_grad_()
-        expected = module(query)
-        wanted = _gradient(expected, query)
-        expected = expected.detach()
-    with torch.enable_grad():
-        query = x.detach().clone().requires_grad_()
-        logits = twin(query)
-        gradient = _gradient(logits, query)
-    off = apart(expected, logits.detach())
+def difference(twin: Seen, module: Seen) -> str | None:
+    """Why one network cannot stand in for another, by what both say of the same images, or None."""
+    off = apart(module.logits.detach(), twin.logits.detach())
     if not off <= TOLERANCE:  # NaN is no agreement either
         return f"a copy's logits are off by {off:.2g} of the largest"
-    if not torch.equal(logits.argmax(dim=1), expected.argmax(dim=1)):
+    if not torch.equal(twin.logits.argmax(dim=1), module.logits.argmax(dim=1)):
         return "a copy classifies some images differently"
-    if not gradient.isfinite().all():
+    if twin.gradient is None or module.gradient is None:
+        return "there is no input gradient"
+    if not twin.gradient.isfinite().all():
         return "the input gradient is not finite"
     # Single values may differ, where rounding takes a ReLU's input across 0.
-    gradient, wanted = gradient.double(), wanted.double()  # whose norms may be tiny
+    gradient, wanted = twin.gradient.double(), module.gradient.double()  # whose norms may be tiny
     alike = (gradient * wanted).sum() / (gradient.norm() * wanted.norm())
     if wanted.norm() > 0 and not alike >= ALIKE:
         return f"a copy's input gradient points elsewhere (cosine {alike:.3g})"
     return None
 
 
-def _gradient(logits: Tensor, x: Tensor) -> Tensor:
-    """Of a weighted sum of the logits, which, unlike the loss of a sure classifier, does not go flat."""
-    (gradient,) = torch.autograd.grad((logits * torch.linspace(-1, 1, logits.shape[1]).to(logits)).sum(), x)
-    return gradient
+def goes_by_rows(seen: Seen) -> bool:
+    """Whether attacks/backward.py makes of a network's graph what autograd does.
+
+    Hooks on single tensors are in no graph, but change the gradient. On a GPU nobody has looked what it gains.
+    """
+    if seen.gradient is None or seen.x.device.type != "cpu":
+        return False
+    last = torch.tensor([len(seen.x) - 1])
+    try:
+        ours = gradient_of_rows(seen.logits, seen.x, last, weights(seen.logits)[None])
+    except NoRule:
+        return False
+    theirs = seen.gradient[last]
+    return bool((ours - theirs).abs().max() <= ROUNDING * theirs.abs().max())
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -200,7 +211,7 @@ def _fold_batch_norms(module: nn.Module, x: Tensor) -> int:
     watched = [part for _, part in parts if type(part) in (*convolutions, *norms)]
     handles = [part.register_forward_hook(watch_norm if type(part) in norms else watch_convolution) for part in watched]
     with torch.enable_grad():
-        readers = _readers(module(x.detach().clone().requires_grad_()))
+        reads = readers(module(x.detach().clone().requires_grad_()))
     for handle in handles:
         handle.remove()
     if len(calls) < len(watched):
@@ -210,7 +221,7 @@ def _fold_batch_norms(module: nn.Module, x: Tensor) -> int:
     for name, norm in parts:
         node = read_by.get(norm)
         conv = made_by.get(node)
-        if conv is None or norm.running_mean is None or (readers[node], calls[conv], calls[norm]) != (1, 1, 1):
+        if conv is None or norm.running_mean is None or (reads[node], calls[conv], calls[norm]) != (1, 1, 1):
             continue
         # New parameters, as layers may share theirs.
         conv.weight, conv.bias = (nn.Parameter(value, False) for value in fold(conv.weight, conv.bias, norm))
@@ -237,16 +248,3 @@ def _foldable_types() -> tuple[tuple[type, ...], tuple[type, ...]]:
     if layers is None:
         return (nn.Conv2d,), (nn.BatchNorm2d,)
     return (nn.Conv2d, layers.Conv2dSame), (nn.BatchNorm2d, layers.BatchNormAct2d)
-
-
-def _readers(output: Tensor) -> Counter[Any]:
-    """Every node of the autograd graph behind `output` -> how many inputs of other nodes it feeds."""
-    counts: Counter[Any] = Counter()
-    stack: list[Any] = [output.grad_fn]
-    while stack:
-        for node, _ in stack.pop().next_functions:
-            if node is not None:
-                counts[node] += 1
-                if counts[node] == 1:
-                    stack.append(node)
-    return counts

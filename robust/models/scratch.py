@@ -9,8 +9,8 @@ from torch import Tensor
 from robust.conv.convert import NotConverted, convert
 from robust.errors import InputError
 from robust.models.model import Model
-from robust.models.prepare import difference
-from robust.models.probe import describe
+from robust.models.prepare import difference, frozen
+from robust.models.probe import Seen, describe
 from robust.randomness import is_random
 
 
@@ -36,7 +36,10 @@ def from_scratch(model: Model, x: Tensor, device: torch.device) -> Model:
             f"{model.name} cannot be put on the project's convolution ({describe(error)}); use --conv torch"
         ) from error
     # No two passes of a random one are the same; `convert` has compared equal draws.
-    if not is_random(original, x) and (fault := difference(converted.module, original, x)):
+    with frozen(original):
+        steady = not is_random(original, x)
+        fault = difference(Seen.of(converted.module, x), Seen.of(original, x)) if steady else None
+    if fault:
         raise InputError(
             f"{model.name} does not come out the same on the project's convolution ({fault}); use --conv torch, and "
             "python -m robust.verify to see where they part"
