@@ -32,7 +32,7 @@ from robust.errors import InputError, unknown
 from robust.models.model import Model
 from robust.models.prepare import TOLERANCE as TWIN_TOLERANCE
 from robust.models.prepare import fast_twin, frozen, quickest_format
-from robust.models.probe import Seen, apart, count_classes, describe
+from robust.models.probe import Seen, apart, describe
 from robust.options import Options
 from robust.precision import arithmetic
 from robust.store import Clean, Picture, Result, Store
@@ -242,8 +242,6 @@ class _Job:
     def prepare(cls, model: Model, x: Tensor, options: Options, plan: Plan, store: Store) -> "_Job":
         """Look the model over and make its fast twin, on the first few images x."""
         few = x[:PREFLIGHT_IMAGES]
-        channels, height, width = few.shape[1:]
-        count_classes(model.module, (channels, height, width))  # says what is wrong with a module that fails
         _seed(options.seed, 0, "preflight")
         both_ways = "it must take one image and several, with gradients and without"
         with _readable_failure(f"model {model.name}", "on the first images", both_ways):
