@@ -1,7 +1,7 @@
 """The gradient of some rows of a batch, by the autograd graph of all of them.
 
 autograd goes back through a graph with every row. Of the points that an attack asks about, those that fool the model
-need no gradient: on a network without a defence one in three. So the graph is read here, and gone back through with the
+need no gradient. So the graph is read here, and gone back through with the
 other rows only, by a rule for each operation of the usual convolutional networks. Others are left to autograd.
 """
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Shape = tuple[int, ...]
-# From a node of the graph, the gradient of some rows of its output, these rows (R,), and the shape (R, ...) of what its
-# first input has of them, to the gradients of its inputs.
+# From a node of the graph, the gradient of some rows of its output, which these are (R,), and the shape (R, ...) of
+# theirs in the first input that wants a gradient, to the gradients of its inputs.
 Rule = Callable[[Any, Tensor, Tensor, Shape], Sequence[Tensor | None]]
 
 aten = torch.ops.aten
@@ -39,7 +39,7 @@ def gradient_of_rows(output: Tensor, x: Tensor, rows: Tensor, slopes: Tensor) ->
         raise NoRule("no graph")
     try:
         return _walk(output, x, rows, slopes)
-    except (AttributeError, RuntimeError) as error:  # another version of torch may keep other things
+    except Exception as error:  # another version of torch may keep other things
         raise NoRule(str(error)) from error
 
 
@@ -56,9 +56,9 @@ def _walk(output: Tensor, x: Tensor, rows: Tensor, slopes: Tensor) -> Tensor:
         for (source, at), shape, part in zip(node.next_functions, inputs, passed, strict=True):
             if shape is None:
                 continue
-            if part is None or at > 0:
+            if part is None or at > 0 or part.ndim != len(shape):
                 raise NoRule(node.name())
-            part = part.sum_to_size(shape)  # of what was broadcast
+            part = part.sum_to_size(shape).to(source._input_metadata[0].dtype)  # of what was broadcast, or promoted
             gradients[source] = gradients[source] + part if source in gradients else part
             unread[source] -= 1
             if not unread[source] and source in rules:
@@ -101,9 +101,9 @@ def _shape(source: Any, batch: int, n: int) -> Shape | None:
     return (n, *shape[1:])
 
 
-def _some(value: Any, rows: Tensor, gradient: Tensor) -> Any:
+def _some(value: Any, rows: Tensor, ndim: int) -> Any:
     """These rows of a tensor, which lie in memory as they did; all of what is no tensor of a batch."""
-    if not isinstance(value, Tensor) or value.ndim < gradient.ndim or len(value) == 1:
+    if not isinstance(value, Tensor) or value.ndim < ndim or len(value) == 1:
         return value
     if value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last):
         return value.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
@@ -123,7 +123,7 @@ def _function(node: Any, g: Tensor, rows: Tensor, shape: Shape) -> Sequence[Tens
 def _pointwise(saved: str, backward: Callable[..., Tensor], *options: str) -> Rule:
     def rule(node: Any, g: Tensor, rows: Tensor, shape: Shape) -> Sequence[Tensor | None]:
         given = (getattr(node, f"_saved_{option}") for option in options)
-        return (backward(g, _some(getattr(node, f"_saved_{saved}"), rows, g), *given),)
+        return (backward(g, _some(getattr(node, f"_saved_{saved}"), rows, g.ndim), *given),)
 
     return rule
 
@@ -147,7 +147,7 @@ def _batch_norm(node: Any, g: Tensor, rows: Tensor, shape: Shape) -> Sequence[Te
 
 
 def _max_pool(node: Any, g: Tensor, rows: Tensor, shape: Shape) -> Sequence[Tensor | None]:
-    where = _some(node._saved_result1, rows, g)
+    where = _some(node._saved_result1, rows, g.ndim)
     how = (node._saved_kernel_size, node._saved_stride, node._saved_padding, node._saved_dilation)
     return (
         aten.max_pool2d_with_indices_backward(g, node._saved_self[: len(rows)], *how, node._saved_ceil_mode, where),
@@ -168,18 +168,20 @@ def _adaptive_pool(node: Any, g: Tensor, rows: Tensor, shape: Shape) -> Sequence
 
 def _mean(node: Any, g: Tensor, rows: Tensor, shape: Shape) -> Sequence[Tensor | None]:
     over = {_signed(dim) % len(shape) for dim in node._saved_dim}
+    if 0 in over:
+        raise NoRule("across rows")
     kept = [1 if dim in over else size for dim, size in enumerate(shape)]
     return ((g / math.prod(shape[dim] for dim in over)).reshape(kept).expand(shape),)
 
 
 def _product(node: Any, g: Tensor, rows: Tensor, shape: Shape) -> Sequence[Tensor | None]:
     return tuple(
-        None if other is None else g * _some(other, rows, g) for other in (node._saved_other, node._saved_self)
+        None if other is None else g * _some(other, rows, g.ndim) for other in (node._saved_other, node._saved_self)
     )
 
 
 def _quotient(node: Any, g: Tensor, rows: Tensor, shape: Shape) -> Sequence[Tensor | None]:
-    return g / _some(node._saved_other, rows, g), None
+    return g / _some(node._saved_other, rows, g.ndim), None
 
 
 def _sum(sign: int) -> Rule:
@@ -200,7 +202,8 @@ def _reshape(node: Any, g: Tensor, rows: Tensor, shape: Shape) -> Sequence[Tenso
 
 def _restride(node: Any, g: Tensor, rows: Tensor, shape: Shape) -> Sequence[Tensor | None]:
     """What adaptive_avg_pool2d ends with, to have its channels last: one value a channel."""
-    if math.prod(shape[2:]) > 1 or g.shape != shape or tuple(node._saved_stride[:2]) != (shape[1], 1):
+    behind = node.next_functions[0][0].name()
+    if behind != "MeanBackward1" or g.shape != shape or tuple(node._saved_stride[:2]) != (shape[1], 1):
         raise NoRule("as_strided")
     return (g,)
 
@@ -208,7 +211,7 @@ def _restride(node: Any, g: Tensor, rows: Tensor, shape: Shape) -> Sequence[Tens
 def _pad(node: Any, g: Tensor, rows: Tensor, shape: Shape) -> Sequence[Tensor | None]:
     if len(node._saved_pad) > 2 * (g.ndim - 1):
         raise NoRule("across rows")
-    return (F.pad(g, [-size for size in node._saved_pad]) if any(node._saved_pad) else g,)
+    return (F.pad(g, [-_signed(size) for size in node._saved_pad]) if any(node._saved_pad) else g,)
 
 
 def _slice(node: Any, g: Tensor, rows: Tensor, shape: Shape) -> Sequence[Tensor | None]:
@@ -226,10 +229,10 @@ def _concatenate(node: Any, g: Tensor, rows: Tensor, shape: Shape) -> Sequence[T
 
 
 def _permute(node: Any, g: Tensor, rows: Tensor, shape: Shape) -> Sequence[Tensor | None]:
-    back = sorted(range(g.ndim), key=lambda at: node._saved_dims[at])
-    if back[0] != 0:
+    order = [_signed(dim) % g.ndim for dim in node._saved_dims]
+    if order[0] != 0:
         raise NoRule("across rows")
-    return (g.permute(back),)
+    return (g.permute(sorted(range(g.ndim), key=order.__getitem__)),)
 
 
 RULES: dict[str, Rule] = {

@@ -315,21 +315,21 @@ def _evaluate(
     """At the queries: logits (B, K) in the images' precision, who is fooled (B,), the share of draws that are not (B,),
     for attacks within a fixed eps, and what gives the gradient, if it is wanted.
     """
+    if draws == 1:
+        logits, gradient = _ask(model, attack, state, wants_grad, slots)
+        fooled = attack.fools(logits.argmax(1), state)
+        return logits.to(state.x.dtype), fooled, ~fooled, gradient
     said, drawn = [], []
     for _ in range(draws):
-        query = padded(state.query.detach(), slots).requires_grad_(wants_grad)
-        with torch.set_grad_enabled(wants_grad):
-            logits = model(query)
-        said.append(logits.detach()[: len(state.query)].clone())  # a model may write its next logits over these
-        gradient = partial(_gradient, attack, query, logits, getattr(model, "by_rows", False))
-        if draws > 1 and wants_grad:  # one graph at a time
+        logits, gradient = _ask(model, attack, state, wants_grad, slots)
+        said.append(logits)
+        if wants_grad:
             drawn.append(gradient(state, None))
+        del gradient  # and the graph: one at a time
     fooled = attack.fools(vote(said), state)
     doubt = ~fooled
-    if draws == 1:
-        return said[0].to(state.x.dtype), fooled, doubt, gradient
     if attack.budget == "fixed":
-        doubt = torch.stack([~attack.fools(one.argmax(1), state) for one in said]).float().mean(0)
+        doubt = torch.stack([~attack.fools(logits.argmax(1), state) for logits in said]).float().mean(0)
 
     def mean(_: State, rows: Tensor | None) -> Tensor:
         grad = torch.stack(drawn).mean(0)
@@ -338,52 +338,53 @@ def _evaluate(
     return torch.stack(said).mean(0).to(state.x.dtype), fooled, doubt, mean
 
 
+def _ask(
+    model: Callable[[Tensor], Tensor], attack: Attack, state: State, wants_grad: bool, slots: int
+) -> tuple[Tensor, Gradient]:
+    query = padded(state.query.detach(), slots).requires_grad_(wants_grad)
+    with torch.set_grad_enabled(wants_grad):
+        logits = model(query)
+    gradient = partial(_gradient, attack, query, logits, getattr(model, "by_rows", False))
+    return logits.detach()[: len(state.query)].clone(), gradient  # a model may write its next logits over these
+
+
 def _gradient(
     attack: Attack, query: Tensor, logits: Tensor, by_rows: bool, state: State, rows: Tensor | None
 ) -> Tensor:
     """Of the attack's loss at query[rows], or at all but the padding; the loss is taken in the images' precision."""
-    which = slice(len(state.x)) if rows is None else rows
     grad = None
-    if by_rows and rows is not None and len(rows) <= FEW * len(query):
-        with suppress(NoRule):
-            grad = _through_few(attack, query, logits, state, rows)
+    if by_rows and rows is not None and logits.dtype == query.dtype:
+        some = padded(rows, len(query))  # of a few sizes, as batches are
+        if len(some) <= FEW * len(query):
+            with suppress(NoRule):
+                slopes = padded(_slopes(attack, logits[rows], state), len(query))
+                grad = gradient_of_rows(logits, query, some, slopes)[: len(rows)]
     if grad is None:
-        grad = _through_all(attack, query, logits, state, which)[which]
+        grad = _through_all(attack, query, logits, state, slice(len(state.x)) if rows is None else rows)
     if not bool(grad.sum().isfinite()):
         grad = grad.nan_to_num(0, 0, 0)  # what is no number shows no way
     # An attack may overwrite it; that of a sum is one number seen many times.
     return grad.clone() if 0 in grad.stride() else grad
 
 
-def _through_few(attack: Attack, query: Tensor, logits: Tensor, state: State, rows: Tensor) -> Tensor:
-    """Of the rows alone."""
-    slopes, size = _slopes(attack, logits[rows], state)
-    # Of a few sizes, as batches are.
-    rows, slopes = padded(rows, len(query)), padded(slopes, len(query))
-    return gradient_of_rows(logits, query, rows, slopes)[: len(size)] * per_slot(size, query)
-
-
 def _through_all(attack: Attack, query: Tensor, logits: Tensor, state: State, which: Tensor | slice) -> Tensor:
-    """Of all rows, zero but for some of them."""
+    """By autograd, which goes back with all rows.
+
+    Through a network in half precision each row passes scaled to 1, and is scaled back behind it: a sure classifier's
+    gradients are too small for float16.
+    """
     with torch.enable_grad():
         chosen = logits[which]
-        if logits.dtype == query.dtype:
-            return torch.autograd.grad(attack.loss(chosen, state).sum(), query)[0]
-        slopes, size = _slopes(attack, chosen, state)
-        (through,) = torch.autograd.grad(chosen, query, slopes)
-    through[which] *= per_slot(size, query)
-    return through
+        if logits.dtype not in (torch.float16, torch.bfloat16):
+            return torch.autograd.grad(attack.loss(chosen.to(query.dtype), state).sum(), query)[0][which]
+        slopes = _slopes(attack, chosen, state)
+        size = slopes.abs().amax(1).clamp(min=torch.finfo(slopes.dtype).tiny)
+        (through,) = torch.autograd.grad(chosen, query, (slopes / size[:, None]).to(logits.dtype))
+    return through[which] * per_slot(size, query)
 
 
-def _slopes(attack: Attack, logits: Tensor, state: State) -> tuple[Tensor, Tensor]:
-    """The gradient (R, K) of the attack's loss at the logits, each row divided by its size (R,).
-
-    That is 1 but where the network is in half precision: a sure classifier's gradients are too small for float16.
-    """
+def _slopes(attack: Attack, logits: Tensor, state: State) -> Tensor:
+    """(R, K): the gradient of the attack's loss at the logits."""
     said = logits.detach().to(state.x.dtype).requires_grad_()
     with torch.enable_grad():
-        (slopes,) = torch.autograd.grad(attack.loss(said, state).sum(), said)
-    size = torch.ones_like(slopes[:, 0])
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        size = slopes.abs().amax(1).clamp(min=torch.finfo(slopes.dtype).tiny)
-    return (slopes / size[:, None]).to(logits.dtype), size
+        return torch.autograd.grad(attack.loss(said, state).sum(), said)[0]

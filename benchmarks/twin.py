@@ -53,7 +53,7 @@ def main(
     print(f"| rows | {' | '.join(map(str, sizes))} |\n|{'---|' * (len(sizes) + 1)}", flush=True)
     with arithmetic("float32"):
         x = torch.rand(max(sizes), *loaded.input_size, device=where)
-        twin, description = fast_twin(module, x[:2])
+        twin, description, _ = fast_twin(module, x[:2])
         last = "channels_last" in description
         other = torch.contiguous_format if last else torch.channels_last
         sides = {

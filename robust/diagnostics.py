@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from robust.models.model import Model
-    from robust.models.probe import Seen
 
 CONTROL = "noise"
 ITERATIVE = ("autoattack-rand", "apgd-ce", "apgd-dlr", "apgd-t", "ddn", "fab-t", "fmn", "mi-fgsm", "pgd", "sigma-zero")
@@ -31,6 +30,16 @@ FEW_STEPS = 10
 
 def _check(name: str, good: bool, passed: str, failed: str, level: str = "warn") -> Finding:
     return Finding(name, "pass", passed) if good else Finding(name, level, failed)
+
+
+def has_input_gradient(model: Model, x: Tensor) -> bool:
+    """Whether the model's output depends on its input for autograd; x is (N, C, H, W)."""
+    import torch
+
+    query = x[:1].detach().clone().requires_grad_()
+    with torch.enable_grad():
+        output = model.module(query)
+        return output.requires_grad and torch.autograd.grad(output.sum(), query, allow_unused=True)[0] is not None
 
 
 def check_keeps_input(model: Model, x: Tensor) -> None:
@@ -102,23 +111,23 @@ def preflight(model: Model, x: Tensor, logits: Tensor, eot: int = 1) -> Iterator
         "the model's rows are non-negative and sum to 1: probabilities, not logits; drop its softmax, "
         "for gradients vanish through it",
     )
-
-
-def check_gradients(seen: Seen) -> Finding:
-    """Whether gradient attacks can see where to go from these images."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    grad = seen.slope(lambda logits: cross_entropy(logits, logits.argmax(1), reduction="sum"))
-    largest = torch.zeros(len(seen.x)) if grad is None else grad.flatten(1).abs().amax(1)  # NaN where any value is
+    with torch.enable_grad():
+        query = x.detach().clone().requires_grad_()
+        out = module(query)
+        if out.requires_grad:
+            loss = torch.nn.functional.cross_entropy(out, out.argmax(1), reduction="sum")
+            (grad,) = torch.autograd.grad(loss, query, allow_unused=True)
+        else:
+            grad = None
+    largest = torch.zeros(len(x)) if grad is None else grad.flatten(1).abs().amax(1)  # NaN where any value is
     blind = int((~((largest > 0) & largest.isfinite())).sum())
-    return _check(
+    yield _check(
         "gradients",
         blind == 0,
         "every image has a gradient that is finite and not zero",
-        f"the gradient is zero or not finite on {blind} of {len(seen.x)} images: gradient attacks are blind there, and "
-        "what stands may stand for that reason only",
-        level="fail" if blind == len(seen.x) else "warn",
+        f"the gradient is zero or not finite on {blind} of {len(x)} images: gradient attacks are blind there, and what "
+        "stands may stand for that reason only",
+        level="fail" if blind == len(x) else "warn",
     )
 
 

@@ -27,12 +27,12 @@ from attacks.norms import NORMS, per_slot
 from robust.certify import Certifier, Contradiction, NoBounds
 from robust.data.labels import label_of
 from robust.data.sample import Dataset, Sample
-from robust.diagnostics import CONTROL, check_gradients, check_keeps_input, preflight, review
+from robust.diagnostics import CONTROL, check_keeps_input, has_input_gradient, preflight, review
 from robust.errors import InputError, unknown
 from robust.models.model import Model
 from robust.models.prepare import TOLERANCE as TWIN_TOLERANCE
-from robust.models.prepare import fast_twin, frozen, quickest_format
-from robust.models.probe import Seen, apart, describe
+from robust.models.prepare import fast_twin, frozen, judging_format
+from robust.models.probe import apart, describe
 from robust.options import Options
 from robust.precision import arithmetic
 from robust.store import Clean, Picture, Result, Store
@@ -230,6 +230,7 @@ class _Job:
 
     model: Model
     twin: nn.Module  # what is attacked: the model itself, once the twin has been seen to be something else
+    by_rows: bool  # whether attacks/backward.py may take the twin's gradient
     options: Options
     plan: Plan
     store: Store
@@ -248,24 +249,23 @@ class _Job:
             check_keeps_input(model, few)
             logits = _logits(model.module, few, model.num_classes)
             findings = list(preflight(model, few, logits, options.draws))
-            seen = Seen.of(model.module, few)
-            findings.append(check_gradients(seen))
-        passed = {finding.name: finding.level == "pass" for finding in findings}
-        if seen.gradient is None and any(needs_gradient(attack) for attack in plan.attacks):
+            passed = {finding.name: finding.level == "pass" for finding in findings}
+            has_gradient = passed["gradients"] or has_input_gradient(model, few)
+        if not has_gradient and any(needs_gradient(attack) for attack in plan.attacks):
             raise InputError(
                 "the model passes no gradient back to its input: take no_grad and detach out of its forward, "
                 "or use --attack noise"
             )
-        twin, description = fast_twin(model.module, few, seen)
+        twin, description, by_rows = fast_twin(model.module, few)
         if strayed := store.details.get("twin_strayed"):
-            twin, description = model.module, strayed
+            twin, description, by_rows = model.module, strayed, False
         certifier, found = None, _why_not_certified(options, plan, passed)
         if not found:
             certifier, found = _certifier(model.module, few, logits.argmax(1), plan.target, options)
         store.set(twin=description, certifier=found, preflight=[asdict(finding) for finding in findings])
         steady = options.draws == 1 and passed["deterministic"]
-        memory_format = quickest_format(model.module, few[:2], logits[:2]) if steady else torch.contiguous_format
-        return cls(model, twin, options, plan, store, x[0].numel(), certifier, steady, memory_format)
+        memory_format = judging_format(model.module, few[:2], logits[:2]) if steady else torch.contiguous_format
+        return cls(model, twin, by_rows, options, plan, store, x[0].numel(), certifier, steady, memory_format)
 
     def recognise(self, x: Tensor) -> None:
         """Record what the networks say of the first two images or, in a run that is resumed, compare.
@@ -377,7 +377,7 @@ class _Job:
         claims = self._run(self.twin, attack, queue, listener)
         verified = self._verify(attack, claims, tasks)
         if reason := self._strays(verified):
-            self.twin = self.model.module
+            self.twin, self.by_rows = self.model.module, False
             self.store.set(twin=reason, twin_strayed=reason)
             _seed(self.options.seed, start, attack.name)  # as a run does that is interrupted and resumed here
             verified = self._verify(attack, self._run(self.twin, attack, queue), tasks)
@@ -458,7 +458,8 @@ class _Job:
         """The outcomes in the order of the tasks, so that what follows does not depend on who broke first."""
         outcomes = {}
         for outcome in attacks.run(
-            _Watched(f"model {self.model.name}", module), attack, tasks, self.options.eps,
+            _Watched(f"model {self.model.name}", module, self.by_rows and module is self.twin),
+            attack, tasks, self.options.eps,
             slots=self.options.batch_size, seed=self.options.seed, draws=self.options.draws,
         ):  # fmt: skip
             outcomes[outcome.position] = outcome
@@ -667,10 +668,9 @@ class _Job:
 class _Watched(nn.Module):
     """A module, named where it fails under an attack."""
 
-    def __init__(self, name: str, module: nn.Module):
+    def __init__(self, name: str, module: nn.Module, by_rows: bool = False):
         super().__init__()
-        self.name, self.module = name, module
-        self.by_rows = getattr(module, "by_rows", False)
+        self.name, self.module, self.by_rows = name, module, by_rows
 
     def forward(self, x: Tensor) -> Tensor:
         with _readable_failure(

@@ -17,12 +17,12 @@ from robust.conv.gates import Gate
 from robust.conv.ladder import Measurement
 from robust.conv.shapes import Shape, miniatures, shapes
 from robust.data.sample import Dataset, Sample
-from robust.diagnostics import check_keeps_input
+from robust.diagnostics import check_keeps_input, has_input_gradient
 from robust.environment import environment, now
 from robust.errors import InputError, unknown
 from robust.harness import pick_device
 from robust.models.model import Model
-from robust.models.probe import Seen, count_classes, describe
+from robust.models.probe import count_classes, describe
 from robust.options import MOST_ROWS, Options, check_between
 
 ATTACKS = ("fgsm", "pgd")
@@ -203,7 +203,7 @@ def _checked_network(model: Model, x: Tensor) -> nn.Module:
     given = replace(model, module=network)
     try:
         check_keeps_input(given, x)
-        has_gradient = Seen.of(network, x[:1]).gradient is not None
+        has_gradient = has_input_gradient(given, x)
     except InputError:
         raise
     except Exception as error:

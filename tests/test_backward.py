@@ -15,8 +15,7 @@ import attacks
 from attacks import engine
 from attacks.backward import NoRule, gradient_of_rows
 from robust.models import load_model
-from robust.models.prepare import fast_twin, goes_by_rows
-from robust.models.probe import Seen
+from robust.models.prepare import fast_twin, look
 from toys import conv_net, images, tasks
 
 N, C, SIDE = 8, 6, 6  # several equal sizes, so that a dimension taken for another shows
@@ -26,7 +25,7 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
 
 
-WEIGHT, SQUARE, VECTOR = draw(C, C, 3, 3) / 8, draw(C, C), draw(C, 1, 1)
+WEIGHT, SQUARE, WIDE, VECTOR = draw(C, C, 3, 3) / 8, draw(C, C), draw(C, N), draw(C, 1, 1)
 NORM = nn.BatchNorm2d(C).double().eval().requires_grad_(False)
 NORM.running_mean.copy_(draw(C)), NORM.running_var.copy_(1 + draw(C) ** 2), NORM.weight.copy_(draw(C))  # type: ignore
 
@@ -58,15 +57,18 @@ SAME: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda x: x - x.mean((2, 3), keepdim=True),
     "mean of channels": lambda x: x - x.mean(-3).unsqueeze(1),
     "gate": lambda x: x * torch.sigmoid(F.conv2d(x.mean((2, 3), keepdim=True), WEIGHT[:, :, :1, :1])),
+    "square": lambda x: x * x,
     "weighted residual": lambda x: torch.add(x, torch.relu(x), alpha=3),
     "weighted difference": lambda x: torch.sub(torch.relu(x), x, alpha=3),
     "constants": lambda x: (2 - (0.5 - (x - 1) / 3 + VECTOR * x * 2).sub(VECTOR)) / (1 + VECTOR**2),
     "noise of its own": lambda x: x * draw(N, C, 1, 1) / draw(N, 1, 1, 1) + draw(N, C, SIDE, SIDE),
+    "crop by a pad": lambda x: F.pad(F.pad(x, (-1, 0, 0, -2)), (0, 1, 2, 0)),
     "pad and crop": lambda x: F.pad(x, (1, 2, 0, 3))[:, :, :SIDE, 1 : 1 + SIDE],
     "no pad": lambda x: F.pad(x[:, :, ::1, ::1], (0, 0, 0, 0, 0, 0)),
     "every second": lambda x: torch.cat([x[:, 1::2], x[:, -3:]], 1),
     "side by side": lambda x: torch.cat([x[..., :2], torch.relu(x[..., 2:])], -1),
     "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "permuted by names from the end": lambda x: x.permute(0, -2, 1, 3) * SQUARE,
     "permuted": lambda x: (x.permute(0, 2, 3, 1) * VECTOR.flatten()).permute(0, -1, 1, -2),
     "reshaped": lambda x: F.linear(x.flatten(2).reshape(N, -1), draw(C * SIDE**2, C * SIDE**2) / 200).view_as(x),
     "dense": lambda x: x + torch.addmm(VECTOR.flatten(), x.mean((-1, -2)), SQUARE, alpha=0.5)[:, :, None, None],
@@ -84,6 +86,19 @@ def check(network: Callable[[Tensor], Tensor], x: Tensor, rows: Tensor, within: 
     theirs = torch.stack([gradient[row] for gradient, row in zip(each, rows, strict=True)])
     assert ours.shape == theirs.shape and not ours.requires_grad
     assert (ours - theirs).abs().max() <= within * theirs.abs().max()
+
+
+class Network(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    return look(Network(function), x, by_rows=True).by_rows
 
 
 def scores(x: Tensor) -> Tensor:
@@ -125,33 +140,47 @@ class Twice(torch.autograd.Function):
         return 2 * g
 
 
+@pytest.mark.parametrize("n", [1, 2, N])
 @pytest.mark.parametrize(
     "network",
     [
         pytest.param(lambda x: x - x.mean(0, keepdim=True), id="mean of the batch"),
+        pytest.param(lambda x: (x.mean((2, 3)) @ WIDE).mean(0)[:, None], id="mean of as large a batch"),
         pytest.param(lambda x: F.batch_norm(x, None, None, training=True), id="statistics of the batch"),
         pytest.param(lambda x: torch.cat([x[4:], x[:4]]), id="rows in another order"),
         pytest.param(lambda x: x.flip(0), id="rows backwards"),
         pytest.param(lambda x: x.roll(1, 0), id="rows rolled"),
-        pytest.param(lambda x: x.permute(1, 0, 2, 3)[:, :6].permute(1, 0, 2, 3), id="rows cut off and on"),
+        pytest.param(lambda x: x.mean((2, 3)) @ WIDE - x.mean((1, 2, 3)), id="rows against columns"),
         pytest.param(lambda x: F.pad(x, (0, 0, 0, 0, 0, 0, 1, -1)), id="rows shifted"),
         pytest.param(lambda x: x.reshape(C, N, SIDE, SIDE).reshape(N, C, SIDE, SIDE), id="rows mixed by a view"),
         pytest.param(lambda x: x.as_strided(x.shape, (1, N, 48, 288)), id="memory read in another order"),
+        pytest.param(lambda x: (x.mean((2, 3)) @ WIDE).permute(1, 0), id="rows for columns"),
         pytest.param(lambda x: torch.cat([x[:, :3], torch.ones_like(x[:, 3:])], 1), id="beside a constant"),
         pytest.param(Twice.apply, id="somebody's function"),
         pytest.param(lambda x: 1 / (2 + x.tanh()), id="divided by"),
         pytest.param(lambda x: F.conv2d(x, WEIGHT.clone().requires_grad_(), padding=1), id="weights with gradients"),
-        pytest.param(lambda x: (x.detach().requires_grad_() + x), id="another leaf"),
+        pytest.param(lambda x: x.detach().requires_grad_() + x, id="another leaf"),
         pytest.param(lambda x: F.conv2d(x, x[:6, :, :3, :3]), id="weights that are images"),
         pytest.param(lambda x: x.flatten(1) @ x.flatten(1).t(), id="rows times rows"),
+        pytest.param(lambda x: x.detach(), id="no graph"),
     ],
-)  # fmt: skip
-def test_what_has_no_rule_is_left_to_autograd(network: Callable[[Tensor], Tensor]) -> None:
+)
+def test_what_has_no_rule_is_left_to_autograd(network: Callable[[Tensor], Tensor], n: int) -> None:
     x = draw(N, C, SIDE, SIDE).requires_grad_()
     output = network(x).flatten(1)
     with pytest.raises(NoRule):
-        gradient_of_rows(output, x, torch.tensor([2, 5]), torch.ones(2, output.shape[1], dtype=torch.float64))
-    assert not goes_by_rows(Seen.of(lambda x: network(x).flatten(1), x.detach()))
+        gradient_of_rows(output, x, torch.arange(n), torch.ones(n, output.shape[1], dtype=torch.float64))
+
+
+def test_the_gradient_is_in_the_precision_of_the_images() -> None:
+    """As where float32 images meet statistics in float64."""
+    x, rows = images(4, (C, SIDE, SIDE)), torch.tensor([3, 0])
+    query = x.clone().requires_grad_()
+    output = scores((query - VECTOR) / VECTOR.exp())
+    ours = gradient_of_rows(output, query, rows, torch.ones(2, C, dtype=torch.float64))
+    (theirs,) = torch.autograd.grad(output.sum(), query)
+    assert output.dtype == torch.float64 and ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs[rows])
 
 
 def test_more_rows_than_there_are() -> None:
@@ -160,25 +189,33 @@ def test_more_rows_than_there_are() -> None:
         gradient_of_rows(scores(x), x, torch.tensor([0, 1, 1]), torch.ones(3, C))
 
 
-def test_a_hook_that_changes_the_gradient_is_noticed() -> None:
+def test_hooks_are_noticed() -> None:
+    """They are in no graph."""
+
     def hooked(x: Tensor) -> Tensor:
         inner = torch.tanh(x)
         if inner.requires_grad:
-            inner.register_hook(lambda g: g.sign())
+            inner.register_hook(lambda g: g.clamp(-1e3, 1e3))  # none as large on these images
+        return scores(inner)
+
+    def hooked_at_the_node(x: Tensor) -> Tensor:
+        inner = torch.tanh(x)
+        if inner.requires_grad:
+            inner.grad_fn.register_prehook(lambda gs: (2 * gs[0],))
         return scores(inner)
 
     x = draw(N, C, SIDE, SIDE)
-    assert goes_by_rows(Seen.of(lambda x: scores(torch.tanh(x)), x))
-    assert not goes_by_rows(Seen.of(hooked, x))
-    assert not goes_by_rows(Seen.of(lambda x: scores(x).detach(), x))
+    assert by_rows(lambda x: scores(torch.tanh(x)), x) and by_rows(scores, x[:1])
+    assert not by_rows(hooked, x) and not by_rows(hooked_at_the_node, x)
+    assert not by_rows(lambda x: scores(torch.relu(x - 100)), x)  # nothing to be seen
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "squeezenet1_1"])
 def test_networks_and_their_twins(name: str) -> None:
     torch.manual_seed(0)
     module, x = getattr(torchvision.models, name)(weights=None).eval().requires_grad_(False), images(4, (3, 64, 64))
-    twin, description = fast_twin(module, x)
-    assert description.endswith("channels_last") and twin.by_rows
+    twin, description, rows_alone = fast_twin(module, x)
+    assert description.endswith("channels_last") and rows_alone
     check(module.double(), x.double(), torch.tensor([3, 1]))
     check(twin, x, torch.tensor([3, 1]), 1e-4)
 
@@ -197,7 +234,7 @@ def test_more_networks(name: str) -> None:
 def test_the_bundled_network() -> None:
     module, x = load_model("efficientnet_lite0").module, images(3, (3, 224, 224))
     check(module.requires_grad_(False), x, torch.tensor([2, 0]), 1e-4)
-    assert fast_twin(module, x)[0].by_rows
+    assert fast_twin(module, x).by_rows
 
 
 # In the engine
@@ -229,6 +266,13 @@ class Count(torch.autograd.Function):
     def backward(ctx, g):
         ctx.counting.rows.append(len(g))
         return g, None
+
+
+def test_one_graph_at_a_time_in_several_draws() -> None:
+    x, model = images(6), Counting(by_rows=True)
+    attack = attacks.make("pgd", "linf", steps=3)
+    outcomes = list(engine.run(model, attack, tasks(x, conv_net()(x).argmax(1)), [0.02], slots=4, seed=0, draws=3))
+    assert len(outcomes) == 6 and model.rows
 
 
 @pytest.mark.parametrize("name", ["pgd", "mi-fgsm", "apgd-ce", "apgd-t"])

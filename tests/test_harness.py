@@ -114,7 +114,7 @@ def test_a_twin_that_claims_everything_is_refuted(model, data, monkeypatch):
         def forward(self, x):
             return model(x).flip(1) * 0 + torch.arange(5.0) * 1e-3 * torch.randn(1)
 
-    monkeypatch.setattr(harness, "fast_twin", lambda module, x, seen: (Liar(), "a liar"))
+    monkeypatch.setattr(harness, "fast_twin", lambda module, x: (Liar(), "a liar", False))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         got = robust.run(model, data, attacks=["pgd"], eps=[0.02], steps=6)
@@ -133,9 +133,9 @@ def test_a_twin_that_is_not_the_model_at_the_points_that_stand_is_given_up(model
 
     arguments = {"attacks": ["fgsm", "pgd"], "eps": [0.02, 0.05], "steps": 5, "batch_size": 2}
     clean, y = data[0][5:], data[1][5:]
-    monkeypatch.setattr(harness, "fast_twin", lambda module, x, seen: (module, ""))
+    monkeypatch.setattr(harness, "fast_twin", lambda module, x: (module, "", False))
     expected = robust.run(model, (clean, y), **arguments)
-    monkeypatch.setattr(harness, "fast_twin", lambda module, x, seen: (Blind(), "blind"))
+    monkeypatch.setattr(harness, "fast_twin", lambda module, x: (Blind(), "blind", False))
     run = robust.run(model, (clean, y), **arguments)
     assert run.samples.equals(expected.samples)
     assert run.store.details["twin"].startswith("the model itself: under attack, a copy's logits were off by")
@@ -187,9 +187,9 @@ def test_a_network_that_takes_another_way_under_attack_has_its_own_verdicts(monk
     monkeypatch.setattr(harness, "fast_twin", lambda *args: made.append(fast_twin(*args)) or made[-1])
     arguments = {"attacks": names, "eps": eps, "steps": 8}
     run = robust.run(model, data, **arguments)
-    ((_, description),) = made
+    ((_, description, _),) = made
     assert "batch-norm folded" in description
-    monkeypatch.setattr(harness, "fast_twin", lambda module, x, seen: (module, ""))
+    monkeypatch.setattr(harness, "fast_twin", lambda module, x: (module, "", False))
     assert verdicts(run) == verdicts(robust.run(model, data, **arguments))
 
 
@@ -205,7 +205,7 @@ def test_what_a_twin_overlooks_is_attacked_on_the_model_at_the_smaller_eps_too(m
             return model(x) + late * nn.functional.one_hot(y[torch.cdist(x.detach().flatten(1), flat).argmin(1)], 2)
 
     flat, reach = x.flatten(1), model.distance(x, "linf")
-    monkeypatch.setattr(harness, "fast_twin", lambda module, x, seen: (Late(), "late"))
+    monkeypatch.setattr(harness, "fast_twin", lambda module, x: (Late(), "late", False))
     eps = [float(reach.min()) + beyond for beyond in (3e-6, 7e-6)]
     run = robust.run(model, (x, y), attacks=["fgsm"], eps=eps)
     assert run.store.details["twin"] == "late" and run.store.twin_disagreements() == (0, 1)
@@ -229,7 +229,7 @@ class Reuses(nn.Module):
 def test_a_model_that_overwrites_its_logits_is_read_in_time(model, data, monkeypatch, eot):
     arguments = {"attacks": ["noise", "square"], "eps": [0.05], "queries": 60, "batch_size": 8, "eot": eot}
     run = robust.run(Reuses(model), data, **arguments)
-    monkeypatch.setattr(harness, "fast_twin", lambda module, x, seen: (module, ""))
+    monkeypatch.setattr(harness, "fast_twin", lambda module, x: (module, "", False))
     assert verdicts(run) == verdicts(robust.run(model, data, **arguments))
 
 
@@ -982,6 +982,41 @@ class Rounding(nn.Module):
 
     def forward(self, x):
         return self.net(_Round.apply(x) if x.requires_grad else x)
+
+
+class _Once(torch.autograd.Function):
+    """Forgets on its way back what it would need to go there again."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.kept = [2]
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.kept.pop() * g
+
+
+class GoesBackOnce(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = conv_net()
+
+    def forward(self, x):
+        return _Once.apply(self.net(x))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(GoesBackOnce, id="forgets"),
+        pytest.param(lambda: torch.compile(conv_net(), backend="aot_eager"), id="compiled", marks=pytest.mark.long),
+    ],
+)
+def test_a_graph_is_gone_back_through_once(make, data):
+    """More is not to be had of all networks."""
+    run, plain = (robust.run(net, data, attacks=["pgd"], eps=0.05, steps=5) for net in (make(), conv_net()))
+    assert verdicts(run) == verdicts(plain) and run.samples.success.any()
 
 
 class Lies(nn.Module):

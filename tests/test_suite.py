@@ -117,7 +117,7 @@ def test_a_nearest_point_that_rounding_refutes_is_tried_a_little_farther_out(mod
             best = logits.detach().argmax(1, keepdim=True)
             return logits.scatter_add(1, best, torch.full_like(logits[:, :1], -1e-4))
 
-    monkeypatch.setattr(robust.harness, "fast_twin", lambda module, x, seen: (Early(), "early"))
+    monkeypatch.setattr(robust.harness, "fast_twin", lambda module, x: (Early(), "early", False))
     run = robust.run(model, data, attacks=["fmn"], eps=0.02, steps=40)
     monkeypatch.undo()
     honest = robust.run(model, data, attacks=["fmn"], eps=0.02, steps=40)

@@ -4,17 +4,19 @@ import copy
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from attacks.backward import NoRule, gradient_of_rows, readers
 from robust.conv.frozen import fold
 from robust.models.frozen_linear import FrozenLinear
-from robust.models.probe import Seen, apart, describe, weights
+from robust.models.probe import apart, describe
 from robust.models.thin_conv import ThinConv2d
 
 ALIKE = 0.95  # the least cosine between the input gradients of a twin and its module
@@ -41,10 +43,16 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(required)
 
 
-def fast_twin(module: nn.Module, x: Tensor, seen: Seen | None = None) -> tuple[nn.Module, str]:
-    """A faster equivalent of `module` for its forward and input gradient, and in words what it is.
+class Twin(NamedTuple):
+    """A network to attack in place of another."""
 
-    seen: what the module says of x, if it has been asked.
+    module: nn.Module
+    description: str
+    by_rows: bool  # whether attacks/backward.py may take its gradient
+
+
+def fast_twin(module: nn.Module, x: Tensor) -> Twin:
+    """A faster equivalent of `module` for its forward and input gradient, and in words what it is.
 
     A copy in eval mode with frozen parameters, each batch-norm folded into its convolution, in channels_last, and on
     a CPU with input gradients of few channels computed by blocks of pixels and large linear layers by oneDNN.
@@ -57,19 +65,17 @@ def fast_twin(module: nn.Module, x: Tensor, seen: Seen | None = None) -> tuple[n
     faults: list[str] = []
     for make in (_folded_copy, _frozen_copy):
         try:
-            if seen is None:
-                with frozen(module):
-                    seen = Seen.of(module, x)
             twin, description = make(module, x)
-            said = Seen.of(twin, x)
-            fault = difference(said, seen)
-            twin.by_rows = goes_by_rows(said)  # type: ignore[assignment]  # modules may have any attribute
+            with frozen(module):
+                expected = look(module, x)
+            seen = look(twin, x, by_rows=True)
+            fault = difference(seen, expected)
         except Exception as error:  # a user's module may raise anything; all that is lost is speed
             fault = describe(error)
         if fault is None:
-            return twin, ": ".join([description, *faults])
+            return Twin(twin, ": ".join([description, *faults]), seen.by_rows)
         faults.append(fault)
-    return module, f"the model itself: {faults[-1]}"
+    return Twin(module, f"the model itself: {faults[-1]}", False)
 
 
 def copied(module: nn.Module) -> nn.Module:
@@ -109,11 +115,11 @@ def _folded_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
     return twin, ", ".join(dict.fromkeys(done)) or description
 
 
-def quickest_format(module: nn.Module, x: Tensor, logits: Tensor) -> torch.memory_format:
-    """How images should lie in memory for a forward of `module` itself, which says `logits` of x (N, C, H, W).
+def judging_format(module: nn.Module, x: Tensor, logits: Tensor) -> torch.memory_format:
+    """How images are to lie in memory when `module` itself judges them, which says `logits` of x (N, C, H, W).
 
-    On a CPU convolutions take them with the channels last, up to twice as fast. Not every module does: one that
-    reshapes by `view` raises, and custom operations may read them wrongly.
+    On a CPU with the channels last, which makes convolutions up to twice as fast, if it says the same so. Not every
+    module does: one that reshapes by `view` raises, and custom operations may read them wrongly.
     """
     convolves = any(isinstance(part, nn.Conv2d) for part in module.modules())
     if convolves and x.device.type == "cpu" and not any(map(is_compiled, module.modules())):
@@ -143,15 +149,59 @@ def _suits_channels_last(module: nn.Module, device: torch.device) -> bool:
     return bool(convolutions) and not (device.type == "cuda" and depthwise)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a network said of images, and the gradient of a weighted sum of its logits, which, unlike the loss of a sure
+    classifier, does not go flat.
+    """
+
+    logits: Tensor  # (N, K)
+    gradient: Tensor  # (N, C, H, W)
+    by_rows: bool = False  # whether attacks/backward.py makes the same gradient of some rows
+
+
+def look(network: nn.Module, x: Tensor, by_rows: bool = False) -> Seen:
+    """What the network, in eval mode, says of images x (N, C, H, W).
+
+    by_rows: find out about that too; never so on a GPU, where nobody has looked what it gains.
+    """
+    by_rows = by_rows and x.device.type == "cpu" and not any(map(is_compiled, network.modules()))
+    hooks = _Hooks()
+    with torch.enable_grad(), hooks if by_rows else nullcontext():
+        query = x.detach().clone().requires_grad_()
+        logits = network(query)
+    slopes = torch.linspace(-1, 1, logits.shape[1]).to(logits).expand_as(logits)
+    some, ours = torch.arange(len(x) - 1, -1, -2), None
+    if by_rows and not hooks.registered:
+        with suppress(NoRule):  # before autograd, which does not keep the graph
+            ours = gradient_of_rows(logits, query, some, slopes[some])
+    (gradient,) = torch.autograd.grad(logits, query, slopes)
+    return Seen(logits.detach().clone(), gradient, ours is not None and _same(ours, gradient[some]))
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether gradients (N, ...) agree in every row; of zeros nothing follows."""
+    off, size = ((ours - theirs).flatten(1).abs().amax(1), theirs.flatten(1).abs().amax(1))
+    return bool(((off <= ROUNDING * size) & (size > 0)).all())
+
+
+class _Hooks(TorchFunctionMode):
+    """Sees whether code hooks into the gradients of its tensors: such hooks are in no graph."""
+
+    registered = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.registered |= func is Tensor.register_hook
+        return func(*args, **(kwargs or {}))
+
+
 def difference(twin: Seen, module: Seen) -> str | None:
-    """Why one network cannot stand in for another, by what both say of the same images, or None."""
-    off = apart(module.logits.detach(), twin.logits.detach())
+    """Why one network cannot stand in for another, by what both said of the same images, or None."""
+    off = apart(module.logits, twin.logits)
     if not off <= TOLERANCE:  # NaN is no agreement either
         return f"a copy's logits are off by {off:.2g} of the largest"
     if not torch.equal(twin.logits.argmax(dim=1), module.logits.argmax(dim=1)):
         return "a copy classifies some images differently"
-    if twin.gradient is None or module.gradient is None:
-        return "there is no input gradient"
     if not twin.gradient.isfinite().all():
         return "the input gradient is not finite"
     # Single values may differ, where rounding takes a ReLU's input across 0.
@@ -160,22 +210,6 @@ def difference(twin: Seen, module: Seen) -> str | None:
     if wanted.norm() > 0 and not alike >= ALIKE:
         return f"a copy's input gradient points elsewhere (cosine {alike:.3g})"
     return None
-
-
-def goes_by_rows(seen: Seen) -> bool:
-    """Whether attacks/backward.py makes of a network's graph what autograd does.
-
-    Hooks on single tensors are in no graph, but change the gradient. On a GPU nobody has looked what it gains.
-    """
-    if seen.gradient is None or seen.x.device.type != "cpu":
-        return False
-    last = torch.tensor([len(seen.x) - 1])
-    try:
-        ours = gradient_of_rows(seen.logits, seen.x, last, weights(seen.logits)[None])
-    except NoRule:
-        return False
-    theirs = seen.gradient[last]
-    return bool((ours - theirs).abs().max() <= ROUNDING * theirs.abs().max())
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -1,8 +1,6 @@
 """What a network takes and gives, found out by asking it: two noise images in, (2, classes) finite logits out."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Self
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -96,37 +94,6 @@ def describe(error: BaseException) -> str:
     if len(message) > 300:
         message = f"{message[:300]} ..."
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a module said of images, and the autograd graph behind it."""
-
-    x: Tensor  # (N, C, H, W), a leaf
-    logits: Tensor  # (N, K)
-    # (N, C, H, W) of a weighted sum of the logits, which, unlike the loss of a sure classifier, does not go flat; None
-    # where autograd finds no way back to the images.
-    gradient: Tensor | None
-
-    @classmethod
-    def of(cls, module: nn.Module, x: Tensor) -> Self:
-        with torch.enable_grad():
-            query = x.detach().clone().requires_grad_()
-            logits = module(query).clone()  # a module may write its next output over this one
-        seen = cls(query, logits, None)
-        return replace(seen, gradient=seen.slope(lambda logits: (logits * weights(logits)).sum()))
-
-    def slope(self, loss: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """The gradient of a scalar made of the logits."""
-        if not self.logits.requires_grad:
-            return None
-        with torch.enable_grad():
-            return torch.autograd.grad(loss(self.logits), self.x, retain_graph=True, allow_unused=True)[0]
-
-
-def weights(logits: Tensor) -> Tensor:
-    """(K,), no two alike."""
-    return torch.linspace(-1, 1, logits.shape[1]).to(logits)
 
 
 def apart(logits: Tensor, others: Tensor) -> float:

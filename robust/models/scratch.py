@@ -9,8 +9,8 @@ from torch import Tensor
 from robust.conv.convert import NotConverted, convert
 from robust.errors import InputError
 from robust.models.model import Model
-from robust.models.prepare import difference, frozen
-from robust.models.probe import Seen, describe
+from robust.models.prepare import difference, frozen, look
+from robust.models.probe import describe
 from robust.randomness import is_random
 
 
@@ -38,7 +38,7 @@ def from_scratch(model: Model, x: Tensor, device: torch.device) -> Model:
     # No two passes of a random one are the same; `convert` has compared equal draws.
     with frozen(original):
         steady = not is_random(original, x)
-        fault = difference(Seen.of(converted.module, x), Seen.of(original, x)) if steady else None
+        fault = difference(look(converted.module, x), look(original, x)) if steady else None
     if fault:
         raise InputError(
             f"{model.name} does not come out the same on the project's convolution ({fault}); use --conv torch, and "
