@@ -221,9 +221,7 @@ def test_networks_and_their_twins(name: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "name", ["alexnet", "densenet121", "efficientnet_b0", "googlenet", "regnet_y_400mf", "vgg11_bn"]
-)
+@pytest.mark.parametrize("name", ["alexnet", "densenet121", "efficientnet_b0", "googlenet", "regnet_y_400mf"])
 def test_more_networks(name: str) -> None:
     torch.manual_seed(0)
     how = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
@@ -275,7 +273,7 @@ def test_one_graph_at_a_time_in_several_draws() -> None:
     assert len(outcomes) == 6 and model.rows
 
 
-@pytest.mark.parametrize("name", ["pgd", "mi-fgsm", "apgd-ce", "apgd-t"])
+@pytest.mark.parametrize("name", ["pgd", "mi-fgsm", "apgd-ce"])
 def test_outcomes_are_those_of_autograd(name: str) -> None:
     x = images(60)
     y, attack = conv_net()(x).argmax(1), attacks.make(name, "linf", steps=10, classes=5)

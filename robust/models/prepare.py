@@ -21,7 +21,6 @@ from robust.models.thin_conv import ThinConv2d
 
 ALIKE = 0.95  # the least cosine between the input gradients of a twin and its module
 TOLERANCE = 5e-3  # of a twin's logits, as a share of the largest; a wrong fold is off by about 1, TF32 by 1e-3
-
 ROUNDING = 1e-4  # of one module's logits, by the order of its sums, as a share of the largest; seen are 2e-6
 
 
