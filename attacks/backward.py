@@ -1,8 +1,8 @@
 """The gradient of some rows of a batch, by the autograd graph of all of them.
 
 autograd goes back through a graph with every row. Of the points that an attack asks about, those that fool the model
-need no gradient. So the graph is read here, and gone back through with the
-other rows only, by a rule for each operation of the usual convolutional networks. Others are left to autograd.
+need no gradient. So the graph is read here, and gone back through with the other rows only, by a rule for each
+operation of the usual convolutional networks. Others are left to autograd.
 """
 
 import math
@@ -263,13 +263,11 @@ RULES: dict[str, Rule] = {
     "SliceBackward0": _slice,
     "PermuteBackward0": _permute,
     "AsStridedBackward1": _restride,
-} | dict.fromkeys(
-    [
-        f"{name}Backward{version}"
-        for name, version in (
-            ("Alias", 0), ("Clone", 0), ("View", 0), ("UnsafeView", 0), ("ReshapeAlias", 0), ("Squeeze", 1),
-            ("Unsqueeze", 0),
-        )
-    ],
-    _reshape,
-)  # fmt: skip
+    "AliasBackward0": _reshape,
+    "CloneBackward0": _reshape,
+    "ReshapeAliasBackward0": _reshape,
+    "SqueezeBackward1": _reshape,
+    "UnsafeViewBackward0": _reshape,
+    "UnsqueezeBackward0": _reshape,
+    "ViewBackward0": _reshape,
+}

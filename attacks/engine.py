@@ -39,9 +39,9 @@ def run(
 ) -> Iterator[Outcome]:
     """Attack every task over the rising ladder `eps`; outcomes come as slots retire, in no fixed order.
 
-    `model` maps (B, C, H, W) to (B, K) logits, row by row. One that has `by_rows` set says that attacks/backward.py may
-    take its gradient for some of the rows. At most `slots` rows are evaluated at once. What is
-    found on a sample depends on (seed, key) and not on its company in the batch.
+    `model` maps (B, C, H, W) to (B, K) logits, row by row; if its `by_rows` is true, attacks/backward.py may take its
+    gradient. At most `slots` rows are evaluated at once. What is found on a sample depends on (seed, key) and not on
+    its company in the batch.
 
     draws: evaluations of each point, for models that are random: gradients and logits are averaged, and the
         class is the vote of the draws (EOT, arXiv 1802.00420). A run goes on until all draws are fooled, and has

@@ -27,7 +27,9 @@ def draw(*shape: int) -> Tensor:
 
 WEIGHT, SQUARE, WIDE, VECTOR = draw(C, C, 3, 3) / 8, draw(C, C), draw(C, N), draw(C, 1, 1)
 NORM = nn.BatchNorm2d(C).double().eval().requires_grad_(False)
-NORM.running_mean.copy_(draw(C)), NORM.running_var.copy_(1 + draw(C) ** 2), NORM.weight.copy_(draw(C))  # type: ignore
+NORM.load_state_dict(
+    {"weight": draw(C), "bias": draw(C), "running_mean": draw(C), "running_var": 1 + draw(C) ** 2}, strict=False
+)
 
 # Each from (N, C, SIDE, SIDE) to the same.
 SAME: dict[str, Callable[[Tensor], Tensor]] = {
