@@ -228,3 +228,22 @@ def test_an_attack_steers_by_the_verdict_that_the_engine_gives(name, monkeypatch
     list(engine.run(model, attack, tasks(x, net(x).argmax(1)), [0.1], slots=2, seed=0, draws=3))
     choosing = 3 if attack.targets else 0  # evaluations that choose the targets
     assert len(model.calls) - choosing == 3 * len(asked) > 30
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_gradient_of_a_sum_through_another_precision(dtype):
+    """One number seen many times, which nobody may write to."""
+    x = images(6)
+    linear = nn.Linear(3, 2).to(dtype)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 0, 0]]))
+        linear.bias.copy_(torch.tensor([0.0, x.sum((2, 3))[:, 0].max() + 5]))
+
+    def model(x):
+        return linear(x.sum((2, 3)).to(dtype))
+
+    attack = attacks.make("pgd", "linf", steps=4, random_start=False)
+    for o in run(model, attack, x, torch.ones(6, dtype=int), [0.05], slots=4):
+        delta = o.x_adv - x[o.position]
+        # Class 1 falls where the first channel rises, and no other.
+        assert (delta[0] >= 0).all() and delta[0].sum() > 0 and (delta[1:] == 0).all()
