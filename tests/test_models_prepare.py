@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
+from robust.models.cpu import lanes
 from robust.models.frozen_linear import FrozenLinear
 from robust.models.prepare import _suits_channels_last, fast_twin, frozen, judging_format
 from robust.models.thin_conv import ThinConv2d
@@ -30,6 +31,13 @@ def seeded(module: nn.Module) -> nn.Module:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["AVX2", "AVX512"])
+def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of the CPU, as far as we ask."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    return request.param
 
 
 def images(side: int = 32, n: int = 4, channels: int = 3) -> Tensor:
@@ -375,7 +383,7 @@ def test_thin_convolution_equals_torchs(channels, kernel, stride, padding, size,
         stride = max(stride, 2)
         kernel = tuple(max(k // stride, 1) * stride for k in kernel)
     conv = nn.Conv2d(channels, 5, kernel, stride, padding, bias=bias).double()
-    assert ThinConv2d.suits(conv)
+    assert ThinConv2d.suits(conv) == (channels <= lanes())
     x = torch.rand(2, channels, *size, dtype=torch.float64, requires_grad=True)
     expected, ours = conv(x), ThinConv2d(conv)(x)
     torch.testing.assert_close(ours, expected)
@@ -398,6 +406,11 @@ def test_other_convolutions_are_left_alone(conv):
     assert not ThinConv2d.suits(conv)
 
 
+def test_blocks_fill_the_registers_that_there_are(capability):
+    suits = [ThinConv2d.suits(nn.Conv2d(channels, 8, 4, stride=2)) for channels in (3, 8, 9, 16, 17)]
+    assert suits == [True, True, *[capability == "AVX512"] * 2, False]
+
+
 def test_the_twin_has_the_gradient_of_the_model():
     model, x = conv_net(), images(12, 6)
     twin, description, _ = fast_twin(model, x)
@@ -411,9 +424,10 @@ def test_the_twin_has_the_gradient_of_the_model():
 
 @pytest.mark.parametrize("shape", [(300,), (7, 300), (2, 5, 300), (0, 300)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_frozen_linear_layer_is_the_layer(shape, bias):
+def test_a_frozen_linear_layer_is_the_layer(shape, bias, capability):
     linear = nn.Linear(300, 250, bias)
     frozen_linear = FrozenLinear(linear)
+    assert frozen_linear.by_onednn == FrozenLinear.suits(linear) == (capability == "AVX512")
     x = torch.rand(shape, generator=torch.Generator().manual_seed(2))
     # Also of memory that is not in order, such as what a transposed product leaves.
     for query in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
@@ -427,7 +441,7 @@ def test_a_frozen_linear_layer_is_the_layer(shape, bias):
 
 @pytest.mark.parametrize("shape", [(5, 3, 10, 10), (5, 12, 5, 5), (5, 300, 1, 1), (1, 300), (0, 3, 10, 10)])
 @pytest.mark.parametrize("permuted", [True, False])
-def test_a_frozen_linear_layer_that_flattens_reads_images_however_they_lie(shape, permuted):
+def test_a_frozen_linear_layer_that_flattens_reads_images_however_they_lie(shape, permuted, capability):
     linear = nn.Linear(300, 250)
     flattening = FrozenLinear(linear, flattens=True)
     x = torch.rand(shape, generator=torch.Generator().manual_seed(2))
@@ -453,16 +467,21 @@ class Rows(nn.Flatten):
         [nn.Flatten(2), nn.Flatten()], [Rows()], [softmax := nn.Softmax(1), nn.Flatten(), softmax],
     ],
 )  # fmt: skip
-def test_only_a_linear_layer_right_behind_a_plain_flatten_reads_images(middle):
+def test_only_a_linear_layer_right_behind_a_plain_flatten_reads_images(middle, capability):
     x, front = images(16), [nn.Conv2d(3, 8, 3, stride=2), nn.ReLU()]
     net = nn.Sequential(*front, *middle, nn.Linear(392, 200)).eval()
     twin, description, _ = fast_twin(net, x)
-    assert set(description.split(", ")) == {"input gradients by blocks", "linear layers by oneDNN", "channels_last"}
-    assert twin[-1].flattens == (type(middle[-1]) is nn.Flatten)
+    flattens = type(middle[-1]) is nn.Flatten
+    done = {"input gradients by blocks", "channels_last"}
+    done |= {"flattened as they lie in memory"} if flattens else set()
+    done |= {"linear layers by oneDNN"} if capability == "AVX512" else set()
+    assert set(description.split(", ")) == done
+    assert getattr(twin[-1], "flattens", False) == flattens
     torch.testing.assert_close(twin(x), net(x), rtol=1e-4, atol=1e-5)
 
 
-def test_code_may_read_the_weights_of_a_layer_that_the_twin_replaced():
+@pytest.mark.parametrize("capability", ["AVX512"], indirect=True)
+def test_code_may_read_the_weights_of_a_layer_that_the_twin_replaced(capability):
     class Tied(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             flatten, linear = self
@@ -489,7 +508,7 @@ class Flattened(nn.Sequential):
         return linear(rows) + rows[:, :1]
 
 
-def test_the_twin_reads_images_in_the_order_of_memory(monkeypatch):
+def test_the_twin_reads_images_in_the_order_of_memory(monkeypatch, capability):
     x, made = images(16), []
     net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(392, 200)).eval()
     other = Flattened(*copy.deepcopy(net)).eval()
@@ -500,7 +519,7 @@ def test_the_twin_reads_images_in_the_order_of_memory(monkeypatch):
     assert list(twin[3].in_order) == [(8, 7, 7)]
     made.clear()
     fast_twin(other, x)
-    assert made and all(len(shape) == 2 for shape in made)
+    assert bool(made) == (capability == "AVX512") and all(len(shape) == 2 for shape in made)
     for module in (net, other):
         for ours, theirs in zip(
             logits_and_gradient(fast_twin(module, x)[0], x), logits_and_gradient(module, x), strict=True
@@ -508,24 +527,29 @@ def test_the_twin_reads_images_in_the_order_of_memory(monkeypatch):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("capability", ["AVX512"], indirect=True)
 @pytest.mark.parametrize("flatten", [nn.Flatten(), nn.Sequential(nn.Flatten())], ids=["of images", "of rows"])
-def test_a_linear_layer_by_onednn_may_be_activated_in_place(flatten):
+def test_a_linear_layer_by_onednn_may_be_activated_in_place(flatten, capability):
     x = images(16)
     net = nn.Sequential(flatten, nn.Linear(768, 100), nn.ReLU(inplace=True), nn.Linear(100, 10)).eval()
     twin, description, _ = fast_twin(net, x)
-    assert description == "linear layers by oneDNN"
+    assert "linear layers by oneDNN" in description
     for ours, theirs in zip(logits_and_gradient(twin, x), logits_and_gradient(net, x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_the_twin_takes_large_linear_layers_only():
-    x = images(8)
-    wide = nn.Sequential(nn.Flatten(), nn.Linear(192, 400), nn.ReLU(), nn.Linear(400, 10)).eval()
-    twin, description, _ = fast_twin(wide, x)
-    assert description == "linear layers by oneDNN"
-    assert [type(layer) for layer in twin] == [nn.Identity, FrozenLinear, nn.ReLU, nn.Linear]
-    torch.testing.assert_close(twin(x), wide(x))
-    assert not FrozenLinear.suits(nn.Linear(300, 300).double())
+@pytest.mark.parametrize(
+    ("capability", "inputs"), [("AVX512", 192), ("AVX2", 2**22 // 400 + 1)], indirect=["capability"]
+)
+def test_the_twin_takes_large_linear_layers_only(capability, inputs):
+    x = torch.rand(4, inputs)
+    for width in (400, 300):
+        net = nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, 10)).eval()
+        twin, description, _ = fast_twin(net, x)
+        assert description == ("linear layers by oneDNN" if width == 400 else "frozen copy")
+        assert [type(layer) for layer in twin] == [FrozenLinear if width == 400 else nn.Linear, nn.ReLU, nn.Linear]
+        torch.testing.assert_close(twin(x), net(x), rtol=1e-4, atol=1e-5)
+    assert not FrozenLinear.suits(nn.Linear(inputs, 400).double())
 
 
 class Detour(nn.Module):

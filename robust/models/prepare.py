@@ -54,7 +54,8 @@ def fast_twin(module: nn.Module, x: Tensor) -> Twin:
     """A faster equivalent of `module` for its forward and input gradient, and in words what it is.
 
     A copy in eval mode with frozen parameters, each batch-norm folded into its convolution, in channels_last, and on
-    a CPU with input gradients of few channels computed by blocks of pixels and large linear layers by oneDNN.
+    a CPU with input gradients of few channels computed by blocks of pixels, images flattened in the order of memory,
+    and large linear layers by oneDNN.
     It must agree with the module on `x`, real images (N, C, H, W): the same argmax in every row, logits within
     TOLERANCE of the largest, a finite input gradient. Where it does not, or cannot be made, a plain frozen copy
     is tried, then `module` itself is returned, with the reason. `module` is left exactly as it was.
@@ -100,14 +101,15 @@ def _folded_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
             done.append("batch-norm folded")
         for part in list(twin.modules()):
             if type(part) is nn.Sequential and _take_flattening(part):
-                done.append("linear layers by oneDNN")
+                done.append("flattened as they lie in memory")
         for name, part in list(twin.named_modules()):
             if name and ThinConv2d.suits(part):
                 twin.set_submodule(name, ThinConv2d(part))
                 done.append("input gradients by blocks")
             elif name and FrozenLinear.suits(part):
                 twin.set_submodule(name, FrozenLinear(part))
-                done.append("linear layers by oneDNN")
+        if any(isinstance(part, FrozenLinear) and part.by_onednn for part in twin.modules()):
+            done.append("linear layers by oneDNN")
     if _suits_channels_last(twin, x.device):
         twin = twin.to(memory_format=torch.channels_last)
         done.append("channels_last")
@@ -269,7 +271,7 @@ def _take_flattening(layers: nn.Sequential) -> bool:
     taken = False
     for (at, flatten), (name, linear) in pairwise(list(layers._modules.items())):  # named_children() skips repeats
         whole = type(flatten) is nn.Flatten and (flatten.start_dim, flatten.end_dim) == (1, -1)
-        if whole and FrozenLinear.suits(linear):
+        if whole and FrozenLinear.suits(linear, flattens=True):
             layers.set_submodule(at, nn.Identity())
             layers.set_submodule(name, FrozenLinear(linear, flattens=True))
             taken = True

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robust.models.cpu import lanes
+
 IMAGE = 4  # channels at most
-THIN = 16  # channels at most; with more, the registers are full as it is
-LANES = 12  # pixels times channels in a block, at least
+FULL = 12  # pixels times channels in a block, at least
 
 
 class ThinConv2d(nn.Module):
@@ -31,7 +32,7 @@ class ThinConv2d(nn.Module):
         self.register_buffer("bias", None if conv.bias is None else conv.bias.detach())
         stride, padding = conv.stride[0], (int(conv.padding[0]), int(conv.padding[1]))
         self.block = stride
-        while self.block**2 * conv.in_channels < LANES:
+        while self.block**2 * conv.in_channels < FULL:
             self.block += stride
         # The first block may begin outside of the image, so that the same outputs reach all pixels of a block. On a
         # picture, cutting off what is outside would cost more than that saves.
@@ -48,7 +49,7 @@ class ThinConv2d(nn.Module):
     def suits(conv: nn.Module) -> bool:
         return (
             type(conv) is nn.Conv2d
-            and (conv.in_channels <= IMAGE or (conv.in_channels <= THIN and _is_whole(conv)))
+            and (conv.in_channels <= IMAGE or (conv.in_channels <= lanes() and _is_whole(conv)))
             and conv.weight.device.type == "cpu"
             and conv.padding_mode == "zeros"
             and not isinstance(conv.padding, str)
