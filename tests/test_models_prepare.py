@@ -473,7 +473,7 @@ def test_only_a_linear_layer_right_behind_a_plain_flatten_reads_images(middle, c
     twin, description, _ = fast_twin(net, x)
     flattens = type(middle[-1]) is nn.Flatten
     done = {"input gradients by blocks", "channels_last"}
-    done |= {"flattened as they lie in memory"} if flattens else set()
+    done |= {"flattening in the order of memory"} if flattens else set()
     done |= {"linear layers by oneDNN"} if capability == "AVX512" else set()
     assert set(description.split(", ")) == done
     assert getattr(twin[-1], "flattens", False) == flattens
@@ -550,6 +550,10 @@ def test_the_twin_takes_large_linear_layers_only(capability, inputs):
         assert [type(layer) for layer in twin] == [FrozenLinear if width == 400 else nn.Linear, nn.ReLU, nn.Linear]
         torch.testing.assert_close(twin(x), net(x), rtol=1e-4, atol=1e-5)
     assert not FrozenLinear.suits(nn.Linear(inputs, 400).double())
+    largest, larger = (
+        nn.utils.skip_init(nn.Linear, 2**12, 2**12 + more) for more in (0, 1)
+    )  # of which two would be a lot
+    assert FrozenLinear.suits(largest) and not FrozenLinear.suits(larger)
 
 
 class Detour(nn.Module):

@@ -101,7 +101,7 @@ def _folded_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
             done.append("batch-norm folded")
         for part in list(twin.modules()):
             if type(part) is nn.Sequential and _take_flattening(part):
-                done.append("flattened as they lie in memory")
+                done.append("flattening in the order of memory")
         for name, part in list(twin.named_modules()):
             if name and ThinConv2d.suits(part):
                 twin.set_submodule(name, ThinConv2d(part))
