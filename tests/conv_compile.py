@@ -46,7 +46,7 @@ POOLS = [(STRIDED, 256, 64, 64, 112)]
 THIN = [(DEPTHWISE, 256, 96, 96, 112)]
 PLANS = [
     ("bf16", torch.bfloat16, RESNET + OTHERS + THIN),
-    ("fp16", torch.float16, RESNET[:2]),
+    ("fp16", torch.float16, RESNET[1:2]),
     ("tf32", torch.float32, RESNET[:5] + OTHERS[:3]),
     ("ieee", torch.float32, RESNET[1:2] + OTHERS[:1] + OTHERS[2:3] + THIN),
 ]

@@ -332,9 +332,8 @@ def test_the_command_to_repeat_has_what_it_took_to_finish(project, capsys):
     assert json.loads((project / "out" / "report.json").read_text())["command"].endswith("--steps 4 --skip-bad-images")
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_a_terminal_that_knows_no_dash_is_no_failure(project, monkeypatch, encoding):
-    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+def test_a_terminal_that_knows_no_dash_is_no_failure(project, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     process = start(f"{COMMON} --attack fgsm,noise --output out".replace(" --steps 4", ""), project)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "") and "Report: out/report.html" in out

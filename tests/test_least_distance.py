@@ -103,7 +103,7 @@ def assert_optimal(model: nn.Module, name: str, norm: str, x: Tensor) -> None:
         assert bool((found <= 1.01 * best)[far].all())
 
 
-@pytest.mark.parametrize(("shape", "classes"), [((3, 4, 4), 2), ((3, 8, 8), 10), ((1, 28, 28), 2), ((1, 28, 28), 10)])
+@pytest.mark.parametrize(("shape", "classes"), [((3, 8, 8), 10), ((1, 28, 28), 2), ((1, 28, 28), 10)])
 @pytest.mark.parametrize(("name", "norm"), ATTACKS)
 def test_linear_networks_break_at_the_closed_form(name, norm, shape, classes):
     x = torch.cat([images(32, shape, 5), sketches(32, shape, 5)])
