@@ -457,6 +457,11 @@ def test_a_frozen_linear_layer_that_flattens_reads_images_however_they_lie(shape
         torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_without_convolutions_nothing_is_gained_by_the_order_of_memory():
+    twin, description, _ = fast_twin(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)).eval(), images(8))
+    assert description == "frozen copy" and [type(layer) for layer in twin] == [nn.Flatten, nn.Linear]
+
+
 class Rows(nn.Flatten):
     """Which may do anything."""
 
@@ -550,9 +555,7 @@ def test_the_twin_takes_large_linear_layers_only(capability, inputs):
         assert [type(layer) for layer in twin] == [FrozenLinear if width == 400 else nn.Linear, nn.ReLU, nn.Linear]
         torch.testing.assert_close(twin(x), net(x), rtol=1e-4, atol=1e-5)
     assert not FrozenLinear.suits(nn.Linear(inputs, 400).double())
-    largest, larger = (
-        nn.utils.skip_init(nn.Linear, 2**12, 2**12 + more) for more in (0, 1)
-    )  # of which two would be a lot
+    largest, larger = (nn.utils.skip_init(nn.Linear, 2**12, 2**12 + more) for more in (0, 1))
     assert FrozenLinear.suits(largest) and not FrozenLinear.suits(larger)
 
 

@@ -4,5 +4,5 @@ import torch
 
 
 def lanes() -> int:
-    """float32 values in a vector register."""
+    """float32 values in a vector register, as x86 has them."""
     return 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8

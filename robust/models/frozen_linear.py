@@ -39,7 +39,7 @@ class FrozenLinear(nn.Module):
 
     @staticmethod
     def suits(linear: nn.Module, flattens: bool = False) -> TypeGuard[nn.Linear]:
-        """Whether something is gained."""
+        """Whether something is gained; where it flattens, of images with their channels last."""
         return (
             type(linear) is nn.Linear
             and (flattens or _by_onednn(linear.weight))

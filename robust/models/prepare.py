@@ -96,11 +96,12 @@ def _frozen_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
 def _folded_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
     twin, description = _frozen_copy(module, x)
     done = []
+    channels_last = _suits_channels_last(twin, x.device)
     if not has_hooks(module):
         if _fold_batch_norms(twin, x[:2]):
             done.append("batch-norm folded")
         for part in list(twin.modules()):
-            if type(part) is nn.Sequential and _take_flattening(part):
+            if channels_last and type(part) is nn.Sequential and _take_flattening(part):
                 done.append("flattening in the order of memory")
         for name, part in list(twin.named_modules()):
             if name and ThinConv2d.suits(part):
@@ -110,7 +111,7 @@ def _folded_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
                 twin.set_submodule(name, FrozenLinear(part))
         if any(isinstance(part, FrozenLinear) and part.by_onednn for part in twin.modules()):
             done.append("linear layers by oneDNN")
-    if _suits_channels_last(twin, x.device):
+    if channels_last:
         twin = twin.to(memory_format=torch.channels_last)
         done.append("channels_last")
     return twin, ", ".join(dict.fromkeys(done)) or description
@@ -145,8 +146,8 @@ def _suits_channels_last(module: nn.Module, device: torch.device) -> bool:
     Those torch computes itself in its default format, and leaves to cuDNN in channels_last, which prepares them for
     seconds for each new number of rows (benchmarks/results/h200.md).
     """
-    convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d | ThinConv2d)]
-    depthwise = any(conv.groups == conv.in_channels > 1 for conv in convolutions if isinstance(conv, nn.Conv2d))
+    convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
+    depthwise = any(conv.groups == conv.in_channels > 1 for conv in convolutions)
     return bool(convolutions) and not (device.type == "cuda" and depthwise)
 
 

@@ -49,6 +49,7 @@ class ThinConv2d(nn.Module):
     def suits(conv: nn.Module) -> bool:
         return (
             type(conv) is nn.Conv2d
+            # With more channels than that, the registers are full as it is.
             and (conv.in_channels <= IMAGE or (conv.in_channels <= lanes() and _is_whole(conv)))
             and conv.weight.device.type == "cpu"
             and conv.padding_mode == "zeros"
