@@ -21,7 +21,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from robust.harness import pick_device
+from robust.device import pick_device
 from robust.models import load_model
 from robust.models.prepare import fast_twin
 from robust.precision import arithmetic

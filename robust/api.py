@@ -21,15 +21,17 @@ from robust.data import load_data
 from robust.data.batches import from_batches
 from robust.data.images import size_text
 from robust.data.sample import Dataset, Sample
+from robust.device import pick_device
 from robust.environment import environment, now
 from robust.errors import InputError
-from robust.harness import Listener, check, evaluate, pick_device, plan
+from robust.harness import Listener, evaluate
 from robust.models import load_model
 from robust.models.model import Model, fingerprint
 from robust.models.prepare import frozen
 from robust.models.probe import check_parameters, count_classes, describe
 from robust.models.scratch import from_scratch
 from robust.options import Options, default_attacks, parse_eps, parse_names, parse_number
+from robust.plan import check, plan
 from robust.precision import undisturbed
 from robust.store import FILENAME, Finding, Store, differences, holds_run
 

@@ -171,8 +171,8 @@ def evaluate(
     from robust.api import execute, load_surrogate
     from robust.data import load_data
     from robust.data.names import one_line
-    from robust.harness import check
     from robust.models import load_model
+    from robust.plan import check
     from robust.progress import Meter
 
     check(options)

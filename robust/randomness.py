@@ -1,5 +1,6 @@
 """Networks that draw random numbers: told from others, and given the same draws twice."""
 
+import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,19 @@ def seeded(seed: int = 0) -> Iterator[None]:
         finally:
             random.setstate(pythons)
             np.random.set_state(numpys)
+
+
+def seed_unit(seed: int, start: int, what: str) -> None:
+    """Give a random model the same draws in this unit, whatever came before it."""
+    digest = hashlib.sha256(f"{seed} {start} {what}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+@contextmanager
+def own_randomness(device: torch.device) -> Iterator[None]:
+    """Torch's global generators put back as they were; a model that is random draws from them."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
 
 
 def _states() -> list[Any]:

@@ -21,10 +21,10 @@ import robust.api
 from attacks.fgsm import FGSM
 from attacks.norms import NORMS, per_slot
 from attacks.pgd import PGD
-from robust import harness
+from robust import harness, judge
 from robust.diagnostics import _comparisons
 from robust.errors import InputError
-from robust.harness import TOLERANCE, round_to_8bit, within
+from robust.judge import TOLERANCE, round_to_8bit, within
 from robust.models.model import fingerprint
 from robust.models.prepare import fast_twin
 from robust.store import SAMPLE_COLUMNS
@@ -439,8 +439,8 @@ def test_rounding_to_8_bits_lands_on_the_grid_and_in_the_ball(norm, levels, seed
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 10.3 / 255), ("l2", 0.7)])
 def test_an_adversarial_that_can_be_saved_as_an_image_is_that_image(model, norm, eps, monkeypatch):
     x = (images(60) * 255).round() / 255
-    ask, asked = harness._Job._ask, []
-    monkeypatch.setattr(harness._Job, "_ask", lambda job, x: asked.append(len(x)) or ask(job, x))
+    ask, asked = judge.Judge._ask, []
+    monkeypatch.setattr(judge.Judge, "_ask", lambda self, x: asked.append(len(x)) or ask(self, x))
     run = robust.run(model, (x, model(x).argmax(1)), attacks="pgd", norm=norm, eps=eps, save_adversarials=True)
     samples, found, lost = run.samples.set_index("sample_id"), 0, 0
     for clean, _, _, x_adv in run.store.adversarials():

@@ -1,0 +1,262 @@
+"""The judge of a run: the user's own module, asked afresh about every point that an attack has to show.
+
+What an attack claims counts once the module errs there, inside the ball and the box. By the way it is found out whether
+it still does so when the point is saved as an image with 8 bits a channel.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import attacks
+from attacks.engine import padded, vote
+from attacks.norms import NORMS, per_slot
+from robust.errors import InputError
+from robust.models.asking import logits_of, readable_failure
+from robust.models.model import Model
+from robust.options import Options
+from robust.plan import is_minimal
+
+# What float32 arithmetic may add to a distance that was projected onto eps: this, and this share of eps.
+TOLERANCE = 1e-6
+# Rounding x + delta to float32 moves a pixel below 1 by up to this, and all pixels alike where deltas are alike.
+HALF_ULP = 2**-25
+
+PUSHES = (1.001, 1.01, 1.05)  # how far out the nearest point is tried again
+RANDOM_PUSHES = (*PUSHES, 1.1, 1.2, 1.5, 2.0)  # of a random model, whose nearest point is that of its luckiest vote
+
+
+@dataclass(frozen=True)
+class Verified:
+    """An attack's claim about one sample, after a fresh forward pass on the model itself."""
+
+    outcome: attacks.Outcome
+    x_adv: Tensor
+    rung: int | None  # of the smallest eps that it lies within
+    fooled: bool  # verified: inside the ball and the box, and the model errs (or hits the target)
+    fooled_8bit: tuple[bool, ...]  # for each eps: whether a version of it in 8 bits a channel does
+    pred: int
+    confidence: float
+    logits: Tensor  # (K,), a random model's mean
+    distances: Mapping[str, float]  # by norm
+
+    @property
+    def broken_at(self) -> int | None:
+        """The rung of the smallest eps within which it fools the model."""
+        return self.rung if self.fooled else None
+
+    @property
+    def broken(self) -> bool:
+        return self.broken_at is not None
+
+    @property
+    def refuted(self) -> bool:
+        return self.outcome.found and not self.fooled
+
+    @property
+    def overlooked(self) -> bool:
+        return self.fooled and not self.outcome.found
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The model, and what the run wants to know of it."""
+
+    model: Model
+    options: Options
+    target: int | None  # class index
+    pixels: int  # values in an image
+    steady: bool  # whether the model says the same each time
+    memory_format: torch.memory_format  # in which it is given the images
+
+    def fools(self, pred: Tensor, y: Tensor) -> Tensor:
+        """(N,) bool: where predictions are what an attack wants; y (N,) are labels, or the target if there is one."""
+        return pred != y if self.target is None else pred == y
+
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N,) predictions of the model itself, their softmax confidences, and (N, K) logits, a random one's mean."""
+        draws = [self._ask(x) for _ in range(self.options.draws)]
+        # Confidences may tie at 1.0 in float32 where logits do not.
+        pred = vote(draws)
+        confidence = torch.stack([logits.softmax(1) for logits in draws]).mean(0).gather(1, pred[:, None]).squeeze(1)
+        return pred, confidence, torch.stack(draws).mean(0)
+
+    def _ask(self, x: Tensor) -> Tensor:
+        """(N, K) logits, once."""
+        module, rows = self.model.module, self.options.batch_size
+        with readable_failure(
+            f"model {self.model.name}",
+            f"on batches of up to {rows} images",
+            "mend that and go on, or begin anew with a batch_size that it takes",
+        ):
+            parts = [
+                logits_of(module, padded(part, rows), self.model.num_classes)[: len(part)]
+                for part in x.contiguous(memory_format=self.memory_format).split(rows)
+            ]
+        return torch.cat(parts)
+
+    def verify(
+        self, attack: attacks.AnyAttack, claims: Sequence[attacks.Outcome], tasks: Mapping[int, attacks.Task]
+    ) -> list[Verified]:
+        """Every claim and every last point of a sample that stood, judged afresh by the model itself."""
+        if not claims:
+            return []
+        x = torch.stack([tasks[claim.position].x for claim in claims])
+        y = torch.tensor([tasks[claim.position].y for claim in claims], device=x.device)
+        point = torch.stack([claim.x_adv for claim in claims])
+        found = torch.tensor([claim.found for claim in claims], device=x.device)
+        in_8bit = torch.zeros_like(found)
+        versions: Iterator[Tensor] = iter([point])  # of each claim, judged in turn until one fools the model
+        if is_minimal(attack):
+            # The nearest point lies on the boundary, where rounding or chance decides: farther out they do not.
+            pushes = RANDOM_PUSHES if self.options.draws > 1 else PUSHES
+            versions = chain([point], ((x + factor * (point - x)).clamp_(0, 1) for factor in pushes))
+        else:
+            # First as it would be saved: what fools the model so is the adversarial and its 8-bit image in one.
+            distance = self._measure(attack, claims, x, point)[self.options.norm]
+            if self.steady and attack.budget == "fixed":
+                in_8bit, rounded = self._in_8bit(x, point, self._rungs(distance, self.pixels))
+                in_8bit &= found
+                versions = iter([torch.where(per_slot(in_8bit, x), rounded, point), point])
+        x_adv = next(versions).clone()
+        try:
+            pred, confidence, logits = self.predict(x_adv)
+        except InputError as error:
+            raise InputError(f"at a point that {attack.name} found, {error}") from error
+        saved = in_8bit & self.fools(pred, y)
+        for version in versions:
+            rows = (found & ~self.fools(pred, y)).nonzero().squeeze(1)
+            if len(rows) == 0:
+                break
+            x_adv[rows] = version[rows]
+            pred[rows], confidence[rows], logits[rows] = self.predict(version[rows])
+        if is_minimal(attack):
+            claims = [replace(claim, rung=None) if claim.found else claim for claim in claims]
+        distances = self._measure(attack, claims, x, x_adv)
+        distance = distances[self.options.norm]
+        # The image itself is no adversarial, whatever a random model says of it this time.
+        fooled = self.fools(pred, y) & (distance > 0)
+        # What is projected onto eps may be rounded beyond it; where the search is for the distance itself, that counts.
+        rungs = self._rungs(distance, 0 if is_minimal(attack) else self.pixels)
+        fooled_8bit = self._survive_8bit(x, y, x_adv, rungs, fooled, in_8bit, saved)
+        reached = [rung if rung < len(self.options.eps) else None for rung in rungs.tolist()]
+        sizes = {norm: values.tolist() for norm, values in distances.items()}
+        return [
+            Verified(
+                claim, x_adv[k], reached[k], bool(fooled[k]), tuple(fooled_8bit[k].tolist()), int(pred[k]),
+                float(confidence[k]), logits[k], {norm: values[k] for norm, values in sizes.items()},
+            )
+            for k, claim in enumerate(claims)
+        ]  # fmt: skip
+
+    def _measure(
+        self, attack: attacks.AnyAttack, claims: Sequence[attacks.Outcome], x: Tensor, x_adv: Tensor
+    ) -> dict[str, Tensor]:
+        """By norm the distances (N,) of the claims' points from x; an error where one has left the ball or the box."""
+        delta = x_adv.double() - x.double()
+        distances = {norm: ball.distance(delta) for norm, ball in NORMS.items()}
+        distance = distances[self.options.norm]
+        in_box = (x_adv.flatten(1).amin(1) >= 0) & (x_adv.flatten(1).amax(1) <= 1)
+        limit = torch.tensor([self._limit(claim) for claim in claims], device=x.device, dtype=distance.dtype)
+        outside = ~(in_box & self._within(distance, limit))
+        if bool(outside.any()):
+            worst = int(outside.nonzero()[0])
+            message = (
+                f"{attack.name} left the ball or the box on sample {claims[worst].position}: "
+                f"{self.options.norm} distance {distance[worst]:.9g}, eps {limit[worst]:.9g}"
+            )
+            if isinstance(attack, attacks.FoolboxAttack):
+                raise attacks.AttackFailed(message)
+            raise RuntimeError(f"{message}; this is a bug")
+        return distances
+
+    def _rungs(self, distance: Tensor, rounding: int) -> Tensor:
+        """(N,) of the smallest eps that each distance lies within; len(eps) where there is none."""
+        return torch.stack([~within(distance, eps, self.options.norm, rounding) for eps in self.options.eps]).sum(0)
+
+    def _limit(self, claim: attacks.Outcome) -> float:
+        """How far from x the claim may lie; the nearest adversarial that there is, anywhere."""
+        if claim.rung is None:
+            return math.inf if claim.found else self.options.eps[-1]
+        return self.options.eps[claim.rung]
+
+    def _in_8bit(self, x: Tensor, x_adv: Tensor, rungs: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,) bool: whose 8-bit version, which is not x, lies within the same eps; and the versions."""
+        eps = torch.tensor([*self.options.eps, self.options.eps[-1]], dtype=torch.float64, device=x.device)[rungs]
+        rounded = round_to_8bit(x, x_adv, eps.to(x), self.options.norm)
+        distance = NORMS[self.options.norm].distance(rounded.double() - x.double())
+        return self._within(distance, eps) & (distance > 0), rounded
+
+    def _survive_8bit(
+        self, x: Tensor, y: Tensor, x_adv: Tensor, first: Tensor, fooled: Tensor, tried: Tensor, saved: Tensor
+    ) -> Tensor:
+        """(N, len(eps)) bool: whether an 8-bit image within eps, made from the adversarial, fools the model.
+
+        first: (N,), the smallest eps that the adversarial lies within.
+        tried, saved: (N,) bool, for whom that is known already at the first eps, and for whom it does.
+
+        At the eps where the adversarial was found it is that image rounded; at a larger eps, as long as no
+        smaller one has survived, the same perturbation scaled up to that eps and rounded.
+        """
+        eps = self.options.eps
+        survives = torch.zeros(len(x), len(eps), dtype=torch.bool)
+        first, fooled, tried, saved = first.cpu(), fooled.cpu(), tried.cpu(), saved.cpu()
+        for k, radius in enumerate(eps):
+            if k:
+                survives[:, k] = survives[:, k - 1]
+            known = tried & (first == k)
+            survives[:, k] |= known & saved
+            rows = torch.nonzero(fooled & (first <= k) & ~known & ~survives[:, k]).squeeze(1)
+            if len(rows) == 0:
+                continue
+            there = rows.to(x.device)
+            # A larger eps in l0 is not more of each change.
+            grows = self.options.norm != "l0"
+            scale = torch.tensor([radius / eps[int(first[row])] if grows else 1.0 for row in rows], device=x.device)
+            scaled = x[there] + per_slot(scale, x) * (x_adv[there] - x[there])
+            rounded = round_to_8bit(x[there], scaled.clamp_(0, 1), radius, self.options.norm)
+            pred, _, _ = self.predict(rounded)
+            inside = self._within(NORMS[self.options.norm].distance(rounded - x[there]), radius)
+            survives[rows, k] = (self.fools(pred, y[there]) & inside).cpu()
+        return survives
+
+    def _within(self, distance: Any, eps: Any) -> Any:
+        return within(distance, eps, self.options.norm, self.pixels)
+
+
+def within(distance: Any, eps: Any, norm: str, pixels: int) -> Any:
+    """Whether distances of images of that many values lie inside eps, up to rounding; numbers or tensors."""
+    if norm == "l0":
+        return distance <= eps
+    rounding = HALF_ULP * {"linf": 1, "l2": math.sqrt(pixels), "l1": pixels}[norm]
+    return distance <= eps * (1 + TOLERANCE) + TOLERANCE + rounding
+
+
+def reach(eps: float) -> float:
+    """How far from an image a point may lie that counts as within eps in linf; see `within`."""
+    return eps * (1 + TOLERANCE) + TOLERANCE + HALF_ULP
+
+
+def round_to_8bit(x: Tensor, x_adv: Tensor, eps: float | Tensor, norm: str) -> Tensor:
+    """x_adv (N, C, H, W) as it comes back from an 8-bit image file, kept within eps of x where that can be.
+
+    eps is one for all or (N,). Rounds to the nearest of 256 levels; in linf, to the nearest of those within eps; in l2,
+    where the nearest leave the ball, towards x. (Where x itself lies between levels there may be none within eps.)
+    """
+    levels = (x_adv * 255).round()
+    if norm == "linf":
+        slack, radius = TOLERANCE * 255 / 2, per_slot(eps, x) if isinstance(eps, Tensor) else eps
+        low, high = ((x - radius) * 255 - slack).ceil(), ((x + radius) * 255 + slack).floor()
+        levels = levels.clamp(low, high)
+    else:
+        towards = (x * 255).round() + ((x_adv - x) * 255).trunc()
+        leaves = NORMS[norm].distance(levels / 255 - x) > eps
+        levels = torch.where(per_slot(leaves, x), towards, levels)
+    rounded = levels.clamp(0, 255) / 255
+    # Where few values change, rounding the others too would be most of the distance.
+    return torch.where(x_adv == x, x, rounded) if norm in ("l1", "l0") else rounded
