@@ -21,7 +21,7 @@ from robust.data import load_data
 from robust.data.batches import from_batches
 from robust.data.images import size_text
 from robust.data.sample import Dataset, Sample
-from robust.device import pick_device
+from robust.device import pick_device, share_of_cores
 from robust.environment import environment, now
 from robust.errors import InputError
 from robust.harness import Listener, evaluate
@@ -216,6 +216,7 @@ def load(folder: str | Path) -> Run:
     return Run(Store.open(Path(folder)))
 
 
+@share_of_cores()
 def execute(
     model: Model,
     data: Dataset,

@@ -1,9 +1,11 @@
-"""The machine that a run computes on: which device, whose modules go there, and what happens when memory runs out."""
+"""The machine that a run computes on: which device, how many threads, and what happens when memory runs out."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from itertools import chain
 
+import joblib
 import torch
 from torch import nn
 
@@ -22,6 +24,24 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {name!r} cannot be used ({reason}); try --device cpu") from None
     return device
+
+
+@contextlib.contextmanager
+def share_of_cores() -> Iterator[None]:
+    """No more threads of torch than this process may use cores, while the block runs.
+
+    OpenMP counts the cores of the machine, whatever quota a container has of them, and each worker of pytest-xdist
+    counts them for itself. Threads that have to take turns on a core wait for each other in a spin. OMP_NUM_THREADS is
+    an answer of the user's own, and stands.
+    """
+    before = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        torch.set_num_threads(max(1, min(before, joblib.cpu_count() // workers)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from robust.conv.gates import Gate
 from robust.conv.ladder import Measurement
 from robust.conv.shapes import Shape, miniatures, shapes
 from robust.data.sample import Dataset, Sample
-from robust.device import pick_device
+from robust.device import pick_device, share_of_cores
 from robust.diagnostics import check_keeps_input, has_input_gradient
 from robust.environment import environment, now
 from robust.errors import InputError, unknown
@@ -77,6 +77,7 @@ class Verification:
         )
 
 
+@share_of_cores()
 def verify(
     model: Model,
     data: Dataset,

@@ -669,6 +669,34 @@ def test_a_default_device_is_not_that_of_a_run(model, data):
     assert verdicts(found) == verdicts(inside) == verdicts(plain)
 
 
+@pytest.mark.parametrize(
+    ("cores", "environment", "expected"),
+    [
+        (8, {}, 3),  # never more than there are
+        (2, {}, 2),
+        (2, {"PYTEST_XDIST_WORKER_COUNT": "2"}, 1),
+        (2, {"PYTEST_XDIST_WORKER_COUNT": "4"}, 1),
+        (2, {"OMP_NUM_THREADS": "3"}, 3),
+    ],
+)
+def test_a_run_has_no_more_threads_than_its_share_of_cores(model, data, monkeypatch, cores, environment, expected):
+    monkeypatch.setattr("joblib.cpu_count", lambda: cores)
+    for name in ("OMP_NUM_THREADS", "PYTEST_XDIST_WORKER_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    seen = {}  # by rows: the last pass of two is the run's, though those before it, that count the classes, are not
+    model.register_forward_pre_hook(lambda _, images: seen.update({len(images[0]): torch.get_num_threads()}))
+    torch.set_num_threads(3)
+    try:
+        run = robust.run(model, data, attacks=["pgd"], eps=0.02, steps=2)
+        after = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(1)
+    assert set(seen.values()) == {expected} and run.store.details["environment"]["threads"] == str(expected)
+    assert after == 3
+
+
 def test_runs_in_several_threads_take_turns(model, data):
     """Each would put the modes back that it found, and find the other's."""
     network = nn.Sequential(nn.BatchNorm2d(3), model).train()
