@@ -4,8 +4,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from torch import Tensor, nn
 
 from reports import REPORTS
+from toys import conv_net, images
 
 # Small tensors gain nothing from threads, and test processes run side by side; this is for those that they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,3 +37,17 @@ def shared() -> Path:
     if not (folder / "models" / "architectures.py").is_file():
         pytest.skip("needs ../shared, which the project does not ship")
     return folder
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return conv_net()
+
+
+@pytest.fixture
+def data(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """40 images with the model's own predictions as labels, but for the first five, which are wrong."""
+    x = images(40)
+    y = model(x).argmax(1)
+    y[:5] = (y[:5] + 1) % 5
+    return x, y

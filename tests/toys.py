@@ -1,7 +1,8 @@
 """Small networks and plain drivers that several tests share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,17 @@ class Linear(nn.Module):
         """To the boundary: |f| over the dual norm of w (far from the box)."""
         dual = {"linf": 1, "l2": 2}[norm]
         return (self.score(x).abs() / self.weight.norm(dual)).detach()
+
+
+class Outputs(nn.Module):
+    """Whatever `make` makes of the images."""
+
+    def __init__(self, make: Callable[[Tensor], Any]):
+        super().__init__()
+        self.make = make
+
+    def forward(self, x: Tensor) -> Any:
+        return self.make(x)
 
 
 def conv_net(channels: int = 3, classes: int = 5, seed: int = 0) -> nn.Module:
@@ -100,3 +112,8 @@ def queries(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, eps: float) 
         state = attack.step(state, logits.detach(), grad)
         points.append(state.query.clone())
     return points
+
+
+def verdicts(run: Any) -> list:
+    """What a run decided, row by row."""
+    return run.samples[["sample_id", "attack", "eps", "success", "robust"]].to_numpy().tolist()
