@@ -75,9 +75,8 @@ class Attack(ABC):
     @classmethod
     def kind(cls) -> str:
         """What it uses of the model and what it minimises, in words."""
-        return f"{'gradients' if cls.needs_grad else 'scores'}, {cls.budget} eps".replace(
-            "minimal eps", "least distance"
-        )
+        goal = "least distance" if cls.budget == "minimal" else "fixed eps"
+        return f"{'gradients' if cls.needs_grad else 'scores'}, {goal}"
 
     @classmethod
     def cost(cls) -> str:
@@ -111,6 +110,16 @@ class Attack(ABC):
     @abstractmethod
     def queries(self) -> int:
         """How many points one run asks about at most, the first and the last included."""
+
+    @property
+    def points(self) -> int:
+        """How many points the model is asked about at most, of a sample that stands, at one eps."""
+        return self.queries * self.restarts * max(1, self.targets)
+
+    @property
+    def asks_gradients(self) -> bool:
+        """Whether it cannot do without the model's gradients."""
+        return self.needs_grad
 
     def last(self, state: Any) -> Tensor:
         """(B,) bool: whether the present query, counted in `state.asked`, is the last of its run."""

@@ -36,6 +36,16 @@ class Ensemble:
     budget: ClassVar[Literal["fixed"]] = "fixed"  # FAB's part ends within eps
     source: ClassVar[str] = "arXiv 2003.01690"
 
+    @property
+    def points(self) -> int:
+        """As `Attack.points`."""
+        return sum(stage.points for stage in self.stages)
+
+    @property
+    def asks_gradients(self) -> bool:
+        """As `Attack.asks_gradients`."""
+        return any(stage.asks_gradients for stage in self.stages)
+
     def run(
         self, model: nn.Module, tasks: Iterable[Task], eps: Sequence[float], *, slots: int, seed: int, draws: int = 1
     ) -> Iterator[Outcome]:

@@ -45,6 +45,8 @@ class FoolboxAttack:
     options: dict[str, Any] = field(default_factory=dict)
 
     source: ClassVar[str] = "github.com/bethgelab/foolbox"
+    points: ClassVar[int] = 0  # foolbox's attacks do not say, neither this
+    asks_gradients: ClassVar[bool] = False  # nor this
 
     @classmethod
     def of(cls, name: str, norm: str, targeted: bool, given: dict[str, Any]) -> "FoolboxAttack":
@@ -85,6 +87,8 @@ class FoolboxAttack:
                 warnings.simplefilter("ignore")
                 try:
                     outcomes = self._attack(model, batch, eps)
+                except torch.OutOfMemoryError:  # no fault of the attack's
+                    raise
                 except Exception as error:
                     raise AttackFailed(f"{self.name} raised {type(error).__name__}: {error}") from error
             yield from outcomes

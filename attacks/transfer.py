@@ -27,6 +27,9 @@ class Transfer(MIFGSM):
     name: ClassVar[str] = "transfer"
     source: ClassVar[str] = "arXiv 1605.07277, 1710.06081"
 
+    points: ClassVar[int] = 1
+    asks_gradients: ClassVar[bool] = False
+
     surrogate: nn.Module
 
     @classmethod

@@ -28,7 +28,7 @@ from robust.harness import Listener, evaluate
 from robust.models import load_model
 from robust.models.model import Model, fingerprint
 from robust.models.prepare import frozen
-from robust.models.probe import check_parameters, count_classes, describe
+from robust.models.probe import check_parameters, count_classes, describe, device_of
 from robust.models.scratch import from_scratch
 from robust.options import Options, default_attacks, parse_eps, parse_names, parse_number
 from robust.plan import check, plan
@@ -162,7 +162,7 @@ def run(
         batch_size=batch_size,
         limit=limit,
         seed=seed,
-        device=device or ("auto" if isinstance(model, str) else _device_of(model)),
+        device=device or _its_device(model),
         conv=conv,
         save_adversarials=bool(save_adversarials),
         certify=None if certify is None else bool(certify),
@@ -263,12 +263,14 @@ def execute(
     store = _open_store(output, resume, identity, details)
     try:
         evaluate(model, data, options, planned, store, listener)
-    except InputError as error:
-        begun = store.seconds()
-        if not resumed:  # else it may be another process's, which has just begun
-            store.discard_if_empty()
-        if begun and output is not None and not resume:
-            raise InputError(f"{error}; what is done is kept: go on with --output {output} --resume") from None
+    except Exception as error:
+        begun = bool(store.seconds())
+        if resumed:  # it may be another process's, which has just begun
+            store.close()
+        else:
+            store.close_and_discard_if_empty()
+        if isinstance(error, InputError) and begun and output is not None and not resume:
+            raise InputError(f"{error}; what is done is kept: go on with --output {output} --resume") from error
         raise
     store.set(finished=now())
     return Run(store)
@@ -368,7 +370,7 @@ def _check_reads(surrogate: nn.Module, name: str, first: Sample) -> None:
             ) from None
         try:
             with torch.random.fork_rng(), torch.enable_grad():
-                x = torch.rand(2, *first.x.shape, device=_device_of(surrogate)).requires_grad_()
+                x = torch.rand(2, *first.x.shape, device=device_of(surrogate)).requires_grad_()
                 passes = surrogate(x).requires_grad
         except Exception as error:  # a user's network may raise anything
             raise InputError(f"the surrogate {name} fails where gradients are asked for: {describe(error)}") from error
@@ -409,9 +411,10 @@ def _number(name: str, value: Any) -> float:
         raise InputError(f"{name} must be a number, not {value!r}") from None
 
 
-def _device_of(model: nn.Module | Model) -> str:
-    module = model.module if isinstance(model, Model) else model
-    return str(next(chain(module.parameters(), module.buffers()), torch.empty(0)).device)
+def _its_device(model: nn.Module | Model | str) -> str:
+    if isinstance(model, str):
+        return "auto"
+    return str(device_of(model.module if isinstance(model, Model) else model))
 
 
 def _describe(attack: Any, surrogate: Model | None) -> dict[str, Any]:

@@ -3,14 +3,13 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from itertools import chain
 
 import joblib
 import torch
 from torch import nn
 
 from robust.errors import InputError
-from robust.models.probe import describe
+from robust.models.probe import describe, device_of
 
 
 def pick_device(name: str) -> torch.device:
@@ -47,9 +46,9 @@ def share_of_cores() -> Iterator[None]:
 @contextlib.contextmanager
 def on(module: nn.Module, device: torch.device) -> Iterator[None]:
     """The module on `device` while the block runs."""
-    before = next(chain(module.parameters(), module.buffers()), torch.empty(0)).device
-    module.to(device)
+    before = device_of(module)
     try:
+        module.to(device)
         yield
     finally:
         module.to(before)

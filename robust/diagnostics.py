@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from robust.models.model import Model
 
 CONTROL = "noise"
-ITERATIVE = ("autoattack-rand", "apgd-ce", "apgd-dlr", "apgd-t", "ddn", "fab-t", "fmn", "mi-fgsm", "pgd", "sigma-zero")
 GRADIENT_FREE = ("square", "transfer", CONTROL)
 FEW_SAMPLES = 100
 FEW_STEPS = 10
@@ -211,7 +210,8 @@ def _strength(options: dict, attacks: set[str], described: Sequence[dict]) -> Fi
         return Finding(name, "pass", f"autoattack is {standard if whole else f'what the classes allow of {standard}'}")
     if not others:
         return Finding(name, "warn", "no iterative gradient attack ran: an upper bound only; add --attack pgd")
-    if known := [attack for attack in others if attack in ITERATIVE]:
+    iterative = {attack["name"] for attack in described if "steps" in attack["parameters"] or "components" in attack}
+    if known := [attack for attack in others if attack in iterative]:
         if known == ["pgd"] and (reach := _reach(described)) < 1:
             return Finding(
                 name,

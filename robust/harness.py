@@ -34,7 +34,7 @@ from robust.models.prepare import TOLERANCE as TWIN_TOLERANCE
 from robust.models.prepare import fast_twin, frozen, judging_format
 from robust.models.probe import apart
 from robust.options import Options
-from robust.plan import Plan, is_minimal, is_spared, needs_gradient, points
+from robust.plan import Plan, is_minimal, is_spared
 from robust.precision import arithmetic
 from robust.randomness import own_randomness, seed_unit
 from robust.store import Clean, Picture, Result, Store
@@ -65,13 +65,13 @@ def evaluate(
     failed: dict[str, str] = {}
     left_out: list[str] = []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(readable_exhaustion(options.batch_size))
         for module in (model.module, plan.surrogate):
             if module is not None:
                 stack.enter_context(on(module, plan.device))
                 stack.enter_context(frozen(module))
         stack.enter_context(arithmetic("float32"))
         stack.enter_context(own_randomness(plan.device))
-        stack.enter_context(readable_exhaustion(options.batch_size))
         keep_freed_memory()
         job: _Job | None = None
         end = 0
@@ -136,7 +136,7 @@ class _Job:
             findings = list(preflight(model, few, logits, options.draws))
             passed = {finding.name: finding.level == "pass" for finding in findings}
             has_gradient = passed["gradients"] or has_input_gradient(model, few)
-        if not has_gradient and any(needs_gradient(attack) for attack in plan.attacks):
+        if not has_gradient and any(attack.asks_gradients for attack in plan.attacks):
             raise InputError(
                 "the model passes no gradient back to its input: take no_grad and detach out of its forward, "
                 "or use --attack noise"
@@ -222,7 +222,7 @@ class _Job:
             if self.certifier is None or len(rows) == 0:
                 break
             try:
-                rows = rows[self.certifier.certifies(x[rows], y[rows], reach(eps), self.plan.target)]
+                rows = rows[self.certifier.certifies(x[rows], y[rows], reach(eps, "linf", 1), self.plan.target)]
             except Contradiction as fault:
                 raise InputError(
                     f"{fault}: what was proved of it cannot be believed; begin anew with --no-certify (certify=False)"
@@ -411,7 +411,7 @@ def _why_not_certified(options: Options, plan: Plan, passed: Mapping[str, bool])
     """Why nothing is to be proved in this run, or ''; `passed` are the checks of the model."""
     if options.norm != "linf":
         return "there are bounds in linf only"
-    if options.certify is None and not any(points(attack) >= LONG for attack in plan.attacks if is_spared(attack)):
+    if options.certify is None and not any(attack.points >= LONG for attack in plan.attacks if is_spared(attack)):
         return "no attack of the run is long enough for it to pay; it can be asked for with --certify"
     if options.certify is False:
         return "not asked for"
@@ -426,7 +426,7 @@ def _certifier(
     """A certifier, if it proves anything of the first images x, which the module says are y; and in words."""
     try:
         certifier = Certifier(module, options.batch_size)
-        some = bool((certifier.certifies(x, y, reach(options.eps[0]), target) & (y != target)).any())
+        some = bool((certifier.certifies(x, y, reach(options.eps[0], "linf", 1), target) & (y != target)).any())
     except NoBounds as reason:
         return None, str(reason)
     return (certifier, "CROWN-IBP") if some else (None, "nothing was proved of the first images")

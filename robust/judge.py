@@ -1,6 +1,6 @@
 """The judge of a run: the user's own module, asked afresh about every point that an attack has to show.
 
-What an attack claims counts once the module errs there, inside the ball and the box. By the way it is found out whether
+What an attack claims counts once the module errs there, inside the ball and the box. Along the way it is seen whether
 it still does so when the point is saved as an image with 8 bits a channel.
 """
 
@@ -118,7 +118,8 @@ class Judge:
             versions = chain([point], ((x + factor * (point - x)).clamp_(0, 1) for factor in pushes))
         else:
             # First as it would be saved: what fools the model so is the adversarial and its 8-bit image in one.
-            distance = self._measure(attack, claims, x, point)[self.options.norm]
+            distance = self._distance(x, point)
+            self._check_inside(attack, claims, point, distance)
             if self.steady and attack.budget == "fixed":
                 in_8bit, rounded = self._in_8bit(x, point, self._rungs(distance, self.pixels))
                 in_8bit &= found
@@ -137,8 +138,10 @@ class Judge:
             pred[rows], confidence[rows], logits[rows] = self.predict(version[rows])
         if is_minimal(attack):
             claims = [replace(claim, rung=None) if claim.found else claim for claim in claims]
-        distances = self._measure(attack, claims, x, x_adv)
+        delta = x_adv.double() - x.double()
+        distances = {norm: ball.distance(delta) for norm, ball in NORMS.items()}
         distance = distances[self.options.norm]
+        self._check_inside(attack, claims, x_adv, distance)
         # The image itself is no adversarial, whatever a random model says of it this time.
         fooled = self.fools(pred, y) & (distance > 0)
         # What is projected onto eps may be rounded beyond it; where the search is for the distance itself, that counts.
@@ -154,15 +157,16 @@ class Judge:
             for k, claim in enumerate(claims)
         ]  # fmt: skip
 
-    def _measure(
-        self, attack: attacks.AnyAttack, claims: Sequence[attacks.Outcome], x: Tensor, x_adv: Tensor
-    ) -> dict[str, Tensor]:
-        """By norm the distances (N,) of the claims' points from x; an error where one has left the ball or the box."""
-        delta = x_adv.double() - x.double()
-        distances = {norm: ball.distance(delta) for norm, ball in NORMS.items()}
-        distance = distances[self.options.norm]
+    def _distance(self, x: Tensor, x_adv: Tensor) -> Tensor:
+        """(N,) in the run's norm, in float64."""
+        return NORMS[self.options.norm].distance(x_adv.double() - x.double())
+
+    def _check_inside(
+        self, attack: attacks.AnyAttack, claims: Sequence[attacks.Outcome], x_adv: Tensor, distance: Tensor
+    ) -> None:
+        """An error where one of the claims' points, at these distances (N,), has left the ball or the box."""
         in_box = (x_adv.flatten(1).amin(1) >= 0) & (x_adv.flatten(1).amax(1) <= 1)
-        limit = torch.tensor([self._limit(claim) for claim in claims], device=x.device, dtype=distance.dtype)
+        limit = torch.tensor([self._limit(claim) for claim in claims], device=distance.device, dtype=distance.dtype)
         outside = ~(in_box & self._within(distance, limit))
         if bool(outside.any()):
             worst = int(outside.nonzero()[0])
@@ -173,11 +177,10 @@ class Judge:
             if isinstance(attack, attacks.FoolboxAttack):
                 raise attacks.AttackFailed(message)
             raise RuntimeError(f"{message}; this is a bug")
-        return distances
 
-    def _rungs(self, distance: Tensor, rounding: int) -> Tensor:
-        """(N,) of the smallest eps that each distance lies within; len(eps) where there is none."""
-        return torch.stack([~within(distance, eps, self.options.norm, rounding) for eps in self.options.eps]).sum(0)
+    def _rungs(self, distance: Tensor, pixels: int) -> Tensor:
+        """(N,) of the smallest eps that each distance lies within, see `within`; len(eps) where there is none."""
+        return torch.stack([~within(distance, eps, self.options.norm, pixels) for eps in self.options.eps]).sum(0)
 
     def _limit(self, claim: attacks.Outcome) -> float:
         """How far from x the claim may lie; the nearest adversarial that there is, anywhere."""
@@ -189,7 +192,7 @@ class Judge:
         """(N,) bool: whose 8-bit version, which is not x, lies within the same eps; and the versions."""
         eps = torch.tensor([*self.options.eps, self.options.eps[-1]], dtype=torch.float64, device=x.device)[rungs]
         rounded = round_to_8bit(x, x_adv, eps.to(x), self.options.norm)
-        distance = NORMS[self.options.norm].distance(rounded.double() - x.double())
+        distance = self._distance(x, rounded)
         return self._within(distance, eps) & (distance > 0), rounded
 
     def _survive_8bit(
@@ -221,7 +224,8 @@ class Judge:
             scaled = x[there] + per_slot(scale, x) * (x_adv[there] - x[there])
             rounded = round_to_8bit(x[there], scaled.clamp_(0, 1), radius, self.options.norm)
             pred, _, _ = self.predict(rounded)
-            inside = self._within(NORMS[self.options.norm].distance(rounded - x[there]), radius)
+            distance = self._distance(x[there], rounded)
+            inside = self._within(distance, radius) & (distance > 0)  # as in `verify`
             survives[rows, k] = (self.fools(pred, y[there]) & inside).cpu()
         return survives
 
@@ -230,16 +234,19 @@ class Judge:
 
 
 def within(distance: Any, eps: Any, norm: str, pixels: int) -> Any:
-    """Whether distances of images of that many values lie inside eps, up to rounding; numbers or tensors."""
+    """Whether distances lie inside eps, up to rounding, see `reach`; numbers or tensors."""
+    return distance <= reach(eps, norm, pixels)
+
+
+def reach(eps: Any, norm: str, pixels: int) -> Any:
+    """The largest distance that counts as within eps, a number or a tensor, of images of so many values.
+
+    pixels: 0 for one that was not made by adding a perturbation to an image and rounding each of its values.
+    """
     if norm == "l0":
-        return distance <= eps
-    rounding = HALF_ULP * {"linf": 1, "l2": math.sqrt(pixels), "l1": pixels}[norm]
-    return distance <= eps * (1 + TOLERANCE) + TOLERANCE + rounding
-
-
-def reach(eps: float) -> float:
-    """How far from an image a point may lie that counts as within eps in linf; see `within`."""
-    return eps * (1 + TOLERANCE) + TOLERANCE + HALF_ULP
+        return eps
+    rounding = HALF_ULP * {"linf": min(pixels, 1), "l2": math.sqrt(pixels), "l1": pixels}[norm]
+    return eps * (1 + TOLERANCE) + TOLERANCE + rounding
 
 
 def round_to_8bit(x: Tensor, x_adv: Tensor, eps: float | Tensor, norm: str) -> Tensor:

@@ -85,20 +85,6 @@ def is_minimal(attack: attacks.AnyAttack) -> bool:
     return isinstance(attack, attacks.Attack) and attack.budget == "minimal"
 
 
-def needs_gradient(attack: attacks.AnyAttack) -> bool:
-    """Whether an attack cannot do without the model's; foolbox's do not say."""
-    if isinstance(attack, attacks.Ensemble):
-        return any(map(needs_gradient, attack.stages))
-    return isinstance(attack, attacks.Attack) and attack.needs_grad and attack.name != "transfer"
-
-
 def is_spared(attack: attacks.AnyAttack) -> bool:
     """Whether it leaves out what is certified: the control does not, nor what looks for a distance beyond any eps."""
     return attack.name != CONTROL and not is_minimal(attack)
-
-
-def points(attack: attacks.AnyAttack) -> int:
-    """How many points an attack asks about on a sample that stands, at most; 0 for foolbox's, which do not say."""
-    if isinstance(attack, attacks.Ensemble):
-        return sum(map(points, attack.stages))
-    return attack.queries * attack.restarts * max(1, attack.targets) if isinstance(attack, attacks.Attack) else 0

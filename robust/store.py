@@ -14,7 +14,7 @@ import sqlite3
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import MISSING, dataclass, fields
 from heapq import nsmallest
 from operator import attrgetter
@@ -187,17 +187,28 @@ class Store:
         path = path / FILENAME if path.is_dir() else path
         if not path.is_file():
             raise InputError(f"no run at {path}")
-        try:
-            store = cls(path)
-            version = store._db.execute("PRAGMA user_version").fetchone()[0]
-        except sqlite3.DatabaseError as error:
-            raise InputError(f"{path} is not a run's store ({error}); name another --output") from None
-        if version != SCHEMA_VERSION:
-            raise InputError(f"{path} has schema version {version}; this version of robust reads {SCHEMA_VERSION}")
+        with ExitStack() as on_failure:
+            try:
+                store = on_failure.enter_context(closing(cls(path)))
+                version = store._db.execute("PRAGMA user_version").fetchone()[0]
+            except sqlite3.DatabaseError as error:
+                raise InputError(f"{path} is not a run's store ({error}); name another --output") from None
+            if version != SCHEMA_VERSION:
+                raise InputError(f"{path} has schema version {version}; this version of robust reads {SCHEMA_VERSION}")
+            on_failure.pop_all()
         return store
 
     def close(self) -> None:
         self._db.close()
+
+    def close_and_discard_if_empty(self) -> None:
+        """Close, and remove a run in which no unit has been done, with the folder if that is empty."""
+        empty = not self.seconds()
+        self.close()
+        if empty and self._path is not None:
+            self._path.unlink()
+            with suppress(OSError):  # other files are there
+                self._path.parent.rmdir()
 
     def copy_to(self, path: Path) -> None:
         """Write the whole run to `path`, unless it lives there. InputError where another run does."""
@@ -207,15 +218,6 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(path)) as target:
             self._db.backup(target)
-
-    def discard_if_empty(self) -> None:
-        """Close, and remove a run in which no unit has been done, with the folder if that is empty."""
-        empty = not self.seconds()
-        self.close()
-        if empty and self._path is not None:
-            self._path.unlink()
-            with suppress(OSError):  # other files are there
-                self._path.parent.rmdir()
 
     # Writing
 

@@ -1,6 +1,8 @@
 """`robust.run`: what people pass to it, what it refuses, and that nothing around a run is changed by it."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -472,6 +474,39 @@ def test_a_model_that_fails_on_large_batches_is_refused_in_a_line(memory, messag
     assert len(robust.run(Small(memory), data, attacks=["fgsm"], eps=[0.02], batch_size=8).samples) == len(data[1])
 
 
+class Large(nn.Module):
+    """Too large for the device to which it is moved, part by part."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.moved = conv_net(), []
+
+    def forward(self, x):
+        return self.net(x)
+
+    def to(self, device):
+        self.moved.append(device)
+        if len(self.moved) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return self
+
+
+def test_a_model_too_large_for_the_device_is_told_in_a_line_and_comes_back(data):
+    module = Large()
+    with pytest.raises(InputError, match=r"the device has too little memory \(OutOfMemoryError"):
+        robust.run(module, data, attacks=["fgsm"], eps=[0.02])
+    assert len(module.moved) == 2
+
+
+def test_memory_that_runs_out_under_foolboxs_attacks_is_not_their_fault(model, data, monkeypatch):
+    def exhaust(self, *args):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(attacks.FoolboxAttack, "_attack", exhaust)
+    with pytest.raises(InputError, match="the device has too little memory"):
+        robust.run(model, data, attacks=["fgsm", "foolbox:LinfPGD"], eps=[0.1])
+
+
 def test_a_model_that_fails_on_the_first_images_is_refused_in_a_line(data, tmp_path):
     with pytest.raises(InputError, match=r"fails on the first images: RuntimeError: .*; it must take one image and"):
         robust.run(Squeezes(), data, attacks=["fgsm"], eps=[0.02], output=tmp_path / "run")
@@ -489,6 +524,32 @@ def test_an_attack_that_raises_is_left_out_and_named(model, data, monkeypatch):
     assert "LinfDeepFoolAttack raised ZeroDivisionError: no luck" in finding.message
     with pytest.raises(InputError, match="raised ZeroDivisionError: no luck"):
         robust.run(model, data, attacks=["foolbox:LinfDeepFoolAttack"], eps=[0.1])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), InputError("no")])
+def test_a_run_that_ends_in_an_error_is_closed_and_stands_in_nobodys_way(model, data, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    def opened():
+        return [
+            link for link in map(os.path.realpath, Path("/proc/self/fd").iterdir()) if link.startswith(str(tmp_path))
+        ]
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs /proc")
+    arguments = {"attacks": ["noise"], "eps": 0.1, "output": tmp_path / "run"}
+    with monkeypatch.context() as patch:
+        patch.setattr(robust.api, "evaluate", fail)
+        with pytest.raises(type(error), match=str(error)):
+            robust.run(model, data, **arguments)
+    assert not (tmp_path / "run").exists() and not opened()
+    robust.run(model, data, **arguments).store.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(robust.api, "evaluate", fail)
+        with pytest.raises(type(error), match=str(error)):
+            robust.run(model, data, **arguments, resume=True)
+    assert (tmp_path / "run").exists() and not opened()
 
 
 def test_nothing_is_left_behind_by_a_run_that_never_began(data, tmp_path):

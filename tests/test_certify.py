@@ -502,6 +502,7 @@ def test_certified_images_are_spared_by_attacks_within_eps_alone(run_of):
         {"eot": 3, "attacks": ["pgd"], "certify": True},
         {"attacks": ["square", "pgd"], "queries": 250, "certify": False},
         {"attacks": ["pgd", "apgd-ce", "fab-t"]},
+        {"attacks": ["transfer"], "steps": 250, "surrogate": Linear(12)},  # which are not the model's
     ],
 )
 def test_runs_without_certificates(run_of, options):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import attacks
 import robust
 import robust.api
 from robust.diagnostics import _comparisons
@@ -114,6 +115,17 @@ def test_attacks_no_better_than_noise_are_found():
 def test_foolboxs_attacks_without_gradients_are_not_taken_for_blind_ones(model, data):
     run = robust.run(model, data, attacks=["foolbox:LinfAdditiveUniformNoiseAttack", "square"], eps=0.05, queries=300)
     assert {f.name for f in run.findings if f.level != "pass"} == {"sample size", "attack strength"}
+
+
+def test_every_attack_that_goes_on_by_gradients_is_known_to_search_on(model, data):
+    """Those of ATTACKS, whichever they are, and the ensembles; of foolbox's nobody knows."""
+    few = data[0][5:9], data[1][5:9]
+    for name, kind in attacks.ATTACKS.items():
+        if kind.needs_grad and name not in ("fgsm", "transfer"):
+            norm = kind.norms[0]
+            run = robust.run(model, few, attacks=[name], norm=norm, eps=1 if norm == "l0" else 0.01, steps=10)
+            assert level(run, "attack strength") == "pass", name
+    assert level(robust.run(model, few, attacks=["foolbox:LinfPGD"], eps=0.01), "attack strength") == "warn"
 
 
 def test_what_a_check_lets_pass_is_not_denied(model, data):

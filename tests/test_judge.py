@@ -64,6 +64,19 @@ def test_the_unchanged_image_is_no_adversarial_whatever_chance_says_of_it():
     assert not run.samples.success.any() and (run.summary.robust_accuracy == run.summary.clean_accuracy).all()
 
 
+def test_nor_is_it_one_that_survives_as_an_image(model):
+    """The only 8-bit image within eps is the image itself."""
+
+    def random(x):
+        logits = model(x)
+        return logits + logits.std() * torch.randn_like(logits)
+
+    x = (images(60) * 255).round() / 255
+    run = robust.run(Outputs(random), (x, model(x).argmax(1)), attacks="noise", eps=0.4 / 255, eot=3)
+    right = run.samples.clean_pred == run.samples.label
+    assert run.samples.success.sum() > 10 and (run.samples.robust_8bit == right).all()
+
+
 def test_a_search_for_the_least_distance_counts_within_eps_only_what_lies_within_it():
     """A projection onto l1 may be rounded in each of 150,528 values; distances that were found are not."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 224 * 224, 2, bias=False))

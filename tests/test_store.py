@@ -263,10 +263,10 @@ def test_no_run_at_all_is_said(tmp_path):
 
 def test_an_empty_run_is_discarded_and_another_is_not(tmp_path, store):
     empty = Store.create(tmp_path / "empty" / FILENAME, IDENTITY, {})
-    empty.discard_if_empty()
+    empty.close_and_discard_if_empty()
     assert not (tmp_path / "empty").exists()
     store.add_unit(0, "pgd", 1.0, [])
-    store.discard_if_empty()
+    store.close_and_discard_if_empty()
     assert (tmp_path / "run" / FILENAME).exists()
 
 

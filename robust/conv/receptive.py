@@ -16,6 +16,7 @@ from robust.conv.fields import Axes, Axis, Call, Field, believed_axes, changed, 
 from robust.conv.geometry import Pair
 from robust.errors import InputError
 from robust.models.prepare import frozen
+from robust.models.probe import device_of
 
 
 def receptive_fields(module: nn.Module, size: tuple[int, int, int]) -> dict[str, tuple[Field, Field]]:
@@ -30,7 +31,7 @@ def receptive_fields(module: nn.Module, size: tuple[int, int, int]) -> dict[str,
     """
     parameter = next(module.parameters(), torch.empty(0))
     watch = _Watch(size[1:])
-    image = torch.zeros(1, *size, dtype=parameter.dtype, device=parameter.device)
+    image = torch.zeros(1, *size, dtype=parameter.dtype, device=device_of(module))
     watched = watch.over(image, (Axis(2, Field(size[1])), Axis(3, Field(size[2]))))
     with frozen(module), torch.no_grad(), watch.hooks(module):
         module(watched)

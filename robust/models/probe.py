@@ -1,6 +1,7 @@
 """What a network takes and gives, found out by asking it: two noise images in, (2, classes) finite logits out."""
 
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,8 @@ def count_classes(module: nn.Module, size: Size) -> int:
     InputError where it raises, or gives anything but finite (2, classes) logits for two classes or more.
     """
     check_parameters(module)
-    parameter = next(module.parameters(), torch.empty(0))
     try:
-        x = torch.rand(2, *size, generator=torch.Generator().manual_seed(0), device="cpu").to(parameter.device)
+        x = torch.rand(2, *size, generator=torch.Generator().manual_seed(0), device="cpu").to(device_of(module))
         with torch.no_grad(), torch.random.fork_rng():  # the network may be random
             logits = module(x)
         fault = _fault(logits)
@@ -39,6 +39,11 @@ def count_classes(module: nn.Module, size: Size) -> int:
             "not logits of shape (2, classes), classes >= 2"
         )
     return logits.shape[1]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module's tensors are, by the first; the CPU where it has none."""
+    return next(chain(module.parameters(), module.buffers()), torch.empty(0, device="cpu")).device
 
 
 def check_parameters(module: nn.Module) -> None:
