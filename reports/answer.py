@@ -5,9 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from robust.diagnostics import CONTROL
 from robust.errors import InputError
-from robust.statistics import CERTIFIED, WORST_CASE, wilson
+from robust.statistics import CERTIFIED, CONTROL, WORST_CASE, wilson
 from robust.store import Finding, Store
 from robust.units import format_count, format_eps, format_images, format_interval, format_percent
 

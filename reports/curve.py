@@ -13,9 +13,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from reports.answer import attack_label
-from robust.diagnostics import CONTROL
 from robust.files import write_text
-from robust.statistics import CERTIFIED, WORST_CASE, wilson
+from robust.statistics import CERTIFIED, CONTROL, WORST_CASE, wilson
 from robust.store import Store
 from robust.units import format_eps, format_percent
 

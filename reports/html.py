@@ -17,9 +17,8 @@ from reports.curve import NARROW, WIDE, inline_svg, nearest, with_certified
 from reports.gallery import ROLES, Example, choose, data_uri, rule
 from reports.jsonreport import data_fingerprint
 from robust import units
-from robust.diagnostics import CONTROL
 from robust.files import write_text
-from robust.statistics import WORST_CASE, wilson
+from robust.statistics import CONTROL, WORST_CASE, wilson
 from robust.store import Store
 
 LIMIT = 5_000_000  # bytes

@@ -31,7 +31,7 @@ from robust.models.prepare import frozen
 from robust.models.probe import check_parameters, count_classes, describe, device_of
 from robust.models.scratch import from_scratch
 from robust.options import Options, default_attacks, parse_eps, parse_names, parse_number
-from robust.plan import check, plan
+from robust.plan import check_options, make_plan
 from robust.precision import undisturbed
 from robust.store import FILENAME, Finding, Store, differences, holds_run
 
@@ -179,7 +179,7 @@ def run(
         raise InputError("label, data_root and skip_bad_images go with a data spec, such as a folder's path")
     if not isinstance(surrogate, nn.Module | Model | str | None):
         raise InputError(f"surrogate must be an nn.Module or a spec, not a {type(surrogate).__name__}")
-    check(options)
+    check_options(options)
     if isinstance(model, str):
         model = load_model(model, None if weights is None else Path(weights), input_size)
     if isinstance(data, str):
@@ -238,7 +238,7 @@ def execute(
         model = from_scratch(model, first.x.unsqueeze(0), pick_device(options.device))
     if surrogate is not None:
         _check_reads(surrogate.module, surrogate.name, first)
-    planned = plan(options, model, class_names, surrogate)
+    planned = make_plan(options, model, class_names, surrogate)
     identity = {
         "model": {
             "name": model.name,

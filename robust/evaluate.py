@@ -172,10 +172,10 @@ def evaluate(
     from robust.data import load_data
     from robust.data.names import one_line
     from robust.models import load_model
-    from robust.plan import check
+    from robust.plan import check_options
     from robust.progress import Meter
 
-    check(options)
+    check_options(options)
     loaded = load_model(model, weights, input_size)
     dataset = load_data(
         data, loaded, limit=limit, seed=seed, label=label, data_root=data_root, skip_bad_images=skip_bad_images

@@ -25,7 +25,7 @@ from attacks.noise import sample_key
 from robust.certify import Certifier, Contradiction, NoBounds
 from robust.data.sample import Dataset, Sample
 from robust.device import keep_freed_memory, on, readable_exhaustion
-from robust.diagnostics import CONTROL, check_keeps_input, has_input_gradient, preflight, review
+from robust.diagnostics import review
 from robust.errors import InputError
 from robust.judge import Judge, Verified, reach
 from robust.models.asking import Watched, logits_of, readable_failure
@@ -36,7 +36,9 @@ from robust.models.probe import apart
 from robust.options import Options
 from robust.plan import Plan, is_minimal, is_spared
 from robust.precision import arithmetic
+from robust.preflight import check_keeps_input, has_input_gradient, inspect_model
 from robust.randomness import own_randomness, seed_unit
+from robust.statistics import CONTROL
 from robust.store import Clean, Picture, Result, Store
 
 PREFLIGHT_IMAGES = 8
@@ -133,7 +135,7 @@ class _Job:
         with readable_failure(f"model {model.name}", "on the first images", both_ways):
             check_keeps_input(model, few)
             logits = logits_of(model.module, few, model.num_classes)
-            findings = list(preflight(model, few, logits, options.draws))
+            findings = list(inspect_model(model, few, logits, options.draws))
             passed = {finding.name: finding.level == "pass" for finding in findings}
             has_gradient = passed["gradients"] or has_input_gradient(model, few)
         if not has_gradient and any(attack.asks_gradients for attack in plan.attacks):

@@ -9,11 +9,11 @@ from torch import nn
 import attacks
 from robust.data.labels import label_of
 from robust.device import pick_device
-from robust.diagnostics import CONTROL
 from robust.errors import InputError, unknown
 from robust.models.asking import Watched
 from robust.models.model import Model
 from robust.options import Options
+from robust.statistics import CONTROL
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,14 @@ class Plan:
     surrogate: nn.Module | None = None
 
 
-def check(options: Options) -> None:
+def check_options(options: Options) -> None:
     """InputError for attacks and options that are wrong whatever the model is, which may take long to load."""
     _attacks(options, None, None if options.surrogate is None else nn.Identity())
 
 
-def plan(options: Options, model: Model, class_names: Sequence[str] | None, surrogate: Model | None = None) -> Plan:
+def make_plan(
+    options: Options, model: Model, class_names: Sequence[str] | None, surrogate: Model | None = None
+) -> Plan:
     """Options made concrete for the model; InputError for names that it or this project does not know."""
     device = pick_device(options.device)
     if surrogate is not None and surrogate.num_classes != model.num_classes:

@@ -14,6 +14,7 @@ from robust.errors import InputError
 
 CERTIFIED = "certified"  # a curve beneath those of the attacks: on so many images no adversarial exists
 WORST_CASE = "worst_case"
+CONTROL = "noise"  # the attack that shows what size alone does
 SUMMARY_COLUMNS = (
     "attack", "norm", "eps", "n", "clean_accuracy", "robust_accuracy", "ci_low", "ci_high",
     "robust_accuracy_8bit", "median_distance", "forwards", "gradients", "seconds",

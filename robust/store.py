@@ -142,6 +142,11 @@ class Finding:
     level: str  # "pass" | "warn" | "fail"
     message: str
 
+    @classmethod
+    def check(cls, name: str, good: bool, passed: str, failed: str, level: str = "warn") -> "Finding":
+        """A pass with the one message or, where something is not as it should be, `level` with the other."""
+        return cls(name, "pass", passed) if good else cls(name, level, failed)
+
 
 PICTURES_KEPT = {"smallest": 3, "typical": 8, "confident": 3, "withstood": 3}
 

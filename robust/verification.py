@@ -18,12 +18,12 @@ from robust.conv.ladder import Measurement
 from robust.conv.shapes import Shape, miniatures, shapes
 from robust.data.sample import Dataset, Sample
 from robust.device import pick_device, share_of_cores
-from robust.diagnostics import check_keeps_input, has_input_gradient
 from robust.environment import environment, now
 from robust.errors import InputError, unknown
 from robust.models.model import Model
 from robust.models.probe import count_classes, describe
 from robust.options import MOST_ROWS, Options, check_between
+from robust.preflight import check_keeps_input, has_input_gradient
 
 ATTACKS = ("fgsm", "pgd")
 PRECISIONS = [name for name in gates.PRECISIONS if name != "float64"]
