@@ -83,7 +83,7 @@ def readers(output: Tensor) -> Counter[Any]:
 
 
 def _rule(node: Any) -> Rule:
-    if getattr(getattr(node, "_forward_cls", None), "by_row", False):
+    if getattr(getattr(node, "_forward_cls", None), "by_rows", False):
         return _function
     rule = RULES.get(node.name())
     if rule is None:
@@ -116,7 +116,7 @@ def _signed(number: int) -> int:
 
 
 def _function(node: Any, g: Tensor, rows: Tensor, shape: Shape) -> Sequence[Tensor | None]:
-    """A torch.autograd.Function with `by_row`: of one tensor, of which it keeps nothing."""
+    """A torch.autograd.Function with `by_rows`: of one tensor, of which it keeps nothing."""
     return node._forward_cls.backward(node, g)[:1]
 
 

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from operator import add
@@ -30,8 +30,7 @@ from robust.errors import InputError
 from robust.judge import Judge, Verified, reach
 from robust.models.asking import Watched, logits_of, readable_failure
 from robust.models.model import Model
-from robust.models.prepare import TOLERANCE as TWIN_TOLERANCE
-from robust.models.prepare import fast_twin, frozen, judging_format
+from robust.models.prepare import TWIN_TOLERANCE, fast_twin, frozen, judging_format
 from robust.models.probe import apart
 from robust.options import Options
 from robust.plan import Plan, is_minimal, is_spared
@@ -47,7 +46,8 @@ SAME = 1e-3  # how far logits may be from those that the run began with, relativ
 
 
 class Listener(Protocol):
-    """Is told of samples as they are done: n of them, of which `robust` stand at the largest eps."""
+    """Is told of samples as an attack lets go of them, before they are verified: n of them, of which `robust` stand at
+    the largest eps."""
 
     def __call__(self, attack: str, n: int, robust: int) -> None: ...
 
@@ -62,7 +62,8 @@ def evaluate(
 ) -> None:
     """Do what is not in the store yet, and record the findings.
 
-    InputError where the data are not those of the store, or the model's output is no classifier's.
+    InputError where the data are not those of the store or hold no image to attack, the model's output is no
+    classifier's, every attack failed or memory ran out; RuntimeError where an attack left the ball or broke a proof.
     """
     failed: dict[str, str] = {}
     left_out: list[str] = []
@@ -143,9 +144,10 @@ class _Job:
                 "the model passes no gradient back to its input: take no_grad and detach out of its forward, "
                 "or use --attack noise"
             )
-        twin, description, by_rows = fast_twin(model.module, few)
-        if strayed := store.details.get("twin_strayed"):
+        if strayed := store.details.get("twin_strayed"):  # as it was seen to before the run was interrupted
             twin, description, by_rows = model.module, strayed, False
+        else:
+            twin, description, by_rows = fast_twin(model.module, few)
         certifier, found = None, _why_not_certified(options, plan, passed)
         if not found:
             certifier, found = _certifier(model.module, few, logits.argmax(1), plan.target, options)
@@ -241,85 +243,100 @@ class _Job:
         if self.store.done(start, attack.name):
             listener(attack.name, len(clean), self.store.standing(start, len(clean), attack.name))
             return
-        seed_unit(self.options.seed, start, attack.name)
         began = time.perf_counter()
         right = [row for row in clean if row.clean_pred == row.label]
         listener(attack.name, len(clean) - len(right), 0)
-        safe = {row.position: row.certified for row in right if is_spared(attack)}
-        if certified := sum(count == len(self.options.eps) for count in safe.values()):
-            right = [row for row in right if safe.get(row.position) != len(self.options.eps)]
+        tasks = self._tasks(attack, start, right, x)
+        if certified := len(right) - len(tasks):
             listener(attack.name, certified, certified)
-        tasks = {
+        verified, refuted, overlooked = self._attack(attack, start, right, tasks, listener)
+        seconds = time.perf_counter() - began
+        broken = {position: v for position, v in verified.items() if v.broken}
+        self.store.add_unit(
+            start,
+            attack.name,
+            seconds,
+            results=[result for row in clean for result in self._results(row, attack.name, verified.get(row.position))],
+            pictures=[
+                picture
+                for row in right
+                if row.position in verified and attack.name != CONTROL
+                for picture in self._pictures(row, attack.name, verified[row.position], x[row.position - start])
+            ],
+            adversarials=[
+                (position, tasks[position].x.cpu().numpy(), v.x_adv.cpu().numpy())
+                for position, v in broken.items()
+                if self.options.save_adversarials
+            ],
+            nearest=[
+                (position, v.distances[self.options.norm])
+                for position, v in verified.items()
+                if v.fooled and is_minimal(attack)
+            ],
+            components=_components(attack, broken.values()),
+            refuted=refuted,
+            overlooked=overlooked,
+        )
+
+    def _tasks(
+        self, attack: attacks.AnyAttack, start: int, right: Sequence[Clean], x: Tensor
+    ) -> dict[int, attacks.Task]:
+        """By position what there is to attack: each image from the first eps that is not proved, if there is one."""
+        safe = {row.position: row.certified if is_spared(attack) else 0 for row in right}
+        return {
             row.position: attacks.Task(
                 row.position,
                 sample_key(row.sample_id),
                 x[row.position - start],
                 row.label if self.plan.target is None else self.plan.target,
-                first=safe.get(row.position, 0),
+                first=safe[row.position],
             )
-            for row in right
+            # First those of which the model is surest: they take longest, and so the batch stays full to the end.
+            for row in sorted(right, key=lambda row: row.clean_confidence, reverse=True)
+            if safe[row.position] < len(self.options.eps)
         }
-        # First those of which the model is surest: they take longest, and so the batch stays full to the end.
-        surest = sorted(right, key=lambda row: row.clean_confidence, reverse=True)
-        queue = [tasks[row.position] for row in surest]
-        claims = self._run(self.twin, attack, queue, listener)
-        verified = self.judge.verify(attack, claims, tasks)
-        if reason := self._strays(verified):
+
+    def _attack(
+        self,
+        attack: attacks.AnyAttack,
+        start: int,
+        right: Sequence[Clean],
+        tasks: Mapping[int, attacks.Task],
+        listener: Listener,
+    ) -> tuple[dict[int, Verified], int, int]:
+        """By position in data order what became of the tasks; how many claims the model refuted, and how many that it
+        confirmed the twin had overlooked."""
+        seed_unit(self.options.seed, start, attack.name)
+        queue = list(tasks.values())
+        first = self.judge.verify(attack, self._run(self.twin, attack, queue, listener), tasks)
+        if reason := self._why_twin_differs(first):
             self.twin, self.by_rows = self.model.module, False
             self.store.set(twin=reason, twin_strayed=reason)
             seed_unit(self.options.seed, start, attack.name)  # as a run does that is interrupted and resumed here
-            verified = self.judge.verify(attack, self._run(self.twin, attack, queue), tasks)
-        by_position = {v.outcome.position: v for v in verified}
-        _hold_to_proofs(attack, right, by_position)
-        refuted, overlooked = [v.outcome for v in verified if v.refuted], [v.outcome for v in verified if v.overlooked]
+            first = self.judge.verify(attack, self._run(self.twin, attack, queue), tasks)
+        verified = {v.outcome.position: v for v in first}
+        _hold_to_proofs(attack, right, verified)
+        refuted, overlooked = [v.outcome for v in first if v.refuted], [v.outcome for v in first if v.overlooked]
         # What the twin overlooked at one eps it may have overlooked at smaller ones.
         again = [
             (claim, tasks[claim.position].first)
             for claim in refuted + (overlooked if self.twin is not self.model.module else [])
         ]
         while again:
-            begun = [replace(tasks[claim.position], first=first) for claim, first in again]
+            begun = [replace(tasks[claim.position], first=rung) for claim, rung in again]
             new = self._run(self.model.module, attack, begun)
             counted = [_with_counts(late, early) for late, (early, _) in zip(new, again, strict=True)]
             begun_on = {task.position: task.first for task in begun}
             anew = self.judge.verify(attack, counted, tasks)
-            by_position |= {v.outcome.position: _better(by_position[v.outcome.position], v) for v in anew}
-            _hold_to_proofs(attack, right, by_position)
+            verified |= {v.outcome.position: _better(verified[v.outcome.position], v) for v in anew}
+            _hold_to_proofs(attack, right, verified)
             # What a random model refutes even then is attacked at the larger eps, if there are any.
             still = [v.outcome for v in anew if v.refuted and v.outcome.rung is not None]
             again = [(claim, max(claim.rung or 0, begun_on[claim.position]) + 1) for claim in still]
-            again = [(claim, first) for claim, first in again if first < len(self.options.eps)]
-        verified = [by_position[row.position] for row in right]
-        seconds = time.perf_counter() - began
-        self.store.add_unit(
-            start,
-            attack.name,
-            seconds,
-            results=[
-                result for row in clean for result in self._results(row, attack.name, by_position.get(row.position))
-            ],
-            pictures=[
-                picture
-                for row in right
-                if attack.name != CONTROL
-                for picture in self._pictures(row, attack.name, by_position[row.position], x[row.position - start])
-            ],
-            adversarials=[
-                (v.outcome.position, tasks[v.outcome.position].x.cpu().numpy(), v.x_adv.cpu().numpy())
-                for v in verified
-                if v.broken and self.options.save_adversarials
-            ],
-            nearest=[
-                (v.outcome.position, v.distances[self.options.norm])
-                for v in verified
-                if v.fooled and is_minimal(attack)
-            ],
-            components=_components(attack, [v for v in verified if v.broken]),
-            refuted=len(refuted),
-            overlooked=len(overlooked),
-        )
+            again = [(claim, rung) for claim, rung in again if rung < len(self.options.eps)]
+        return {position: verified[position] for position in sorted(verified)}, len(refuted), len(overlooked)
 
-    def _strays(self, verified: Sequence[Verified]) -> str:
+    def _why_twin_differs(self, verified: Sequence[Verified]) -> str:
         """Why the twin is not the model under this attack, or ''.
 
         It agreed on the first images; others may take another way through a network. What broke at the smallest eps
@@ -384,6 +401,9 @@ class _Job:
         else:
             # One that broke beyond every eps shows neither a success nor an image that withstands.
             roles = {} if verified.fooled else {"withstood": chance}
+        if not roles:
+            return
+        image, adversarial = x.cpu().numpy(), verified.x_adv.cpu().numpy()
         for role, rank in roles.items():
             yield Picture(
                 role=role,
@@ -396,8 +416,8 @@ class _Job:
                 distance=distance,
                 distance_linf=verified.distances["linf"],
                 distance_l2=verified.distances["l2"],
-                x=x.cpu().numpy(),
-                x_adv=verified.x_adv.cpu().numpy(),
+                x=image,
+                x_adv=adversarial,
             )
 
 
@@ -436,7 +456,7 @@ def _certifier(
 
 def _hold_to_proofs(attack: attacks.AnyAttack, clean: Sequence[Clean], verified: Mapping[int, Verified]) -> None:
     for row in clean:
-        broken_at = verified[row.position].broken_at
+        broken_at = verified[row.position].broken_at if row.position in verified else None
         if broken_at is not None and broken_at < row.certified:
             raise RuntimeError(
                 f"{attack.name} broke sample {row.position} where it was proved that nothing does; this is a bug, "
@@ -483,7 +503,7 @@ def _fingerprint(store: Store) -> str:
     return digest.hexdigest()
 
 
-def _components(attack: attacks.AnyAttack, broken: Sequence[Verified]) -> dict[str, int]:
+def _components(attack: attacks.AnyAttack, broken: Iterable[Verified]) -> dict[str, int]:
     """How many of the samples that an ensemble broke each of its parts did."""
     if not isinstance(attack, attacks.Ensemble):
         return {}

@@ -291,7 +291,7 @@ def _rules(settings: dict[str, Any]) -> Rules:
 
     values = {name: settings.pop(name, None) for name in _RULES}
     for name, value in values.items():
-        if value is not None and not isinstance(value, Real):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
             raise InputError(f"{name} is a share between 0 and 1, not {value!r}")
     try:
         return Rules(min_robust_accuracy=values.pop("min_accuracy"), strict=settings.pop("strict", False), **values)

@@ -253,7 +253,7 @@ class Counting(nn.Module):
 
 
 class Count(torch.autograd.Function):
-    by_row = True
+    by_rows = True
 
     @staticmethod
     def forward(ctx, x, counting):

@@ -332,6 +332,7 @@ def test_the_junit_file_names_every_report(suite, pytester):
         ("min_accuracy=40", "min_accuracy is a share between 0 and 1, not 40; did you mean 0.4?"),
         ("strict=True", "strict is about a least accuracy: give min_accuracy or min_clean_accuracy too"),
         ("min_accuracy='0.4'", "min_accuracy is a share between 0 and 1, not '0.4'"),
+        ("min_accuracy=True", "min_accuracy is a share between 0 and 1, not True"),
         ("min_accuracy=0.4, attack='pdg'", "unknown attack 'pdg'; did you mean pgd?"),
         ("min_accuracy=0.4, norm='linfty'", "unknown norm 'linfty'; did you mean linf?"),
         ("min_accuracy=0.4, eps='8'", "eps 8 is larger than the whole range of pixels, which is [0, 1]; "

@@ -11,7 +11,7 @@ from robust.models.probe import describe
 
 
 def logits_of(module: nn.Module, x: Tensor, num_classes: int, name: str = "model") -> Tensor:
-    """(N, num_classes) finite logits of the model itself, in float32 or float64, or InputError, which names it."""
+    """(N, num_classes) finite logits of a module, in float32 or float64, or InputError, which names it."""
     with torch.no_grad():
         logits = module(x)
     if not isinstance(logits, Tensor) or logits.shape != (len(x), num_classes):
@@ -40,7 +40,10 @@ def readable_failure(name: str, where: str, advice: str) -> Iterator[None]:
 
 
 class Watched(nn.Module):
-    """A module, named where it fails under an attack."""
+    """A module, named where it fails under an attack.
+
+    by_rows: whether attacks/backward.py may take its gradient, which `attacks.engine` asks it.
+    """
 
     def __init__(self, name: str, module: nn.Module, by_rows: bool = False):
         super().__init__()

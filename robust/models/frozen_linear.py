@@ -87,7 +87,7 @@ class _Packed(NamedTuple):
 
 
 class _Product(torch.autograd.Function):
-    by_row = True  # see attacks/backward.py
+    by_rows = True  # see attacks/backward.py
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: _Packed) -> Tensor:

@@ -20,7 +20,7 @@ from robust.models.probe import apart, describe
 from robust.models.thin_conv import ThinConv2d
 
 ALIKE = 0.95  # the least cosine between the input gradients of a twin and its module
-TOLERANCE = 5e-3  # of a twin's logits, as a share of the largest; a wrong fold is off by about 1, TF32 by 1e-3
+TWIN_TOLERANCE = 5e-3  # of a twin's logits, as a share of the largest; a wrong fold is off by about 1, TF32 by 1e-3
 ROUNDING = 1e-4  # of one module's logits, by the order of its sums, as a share of the largest; seen are 2e-6
 
 
@@ -51,13 +51,13 @@ class Twin(NamedTuple):
 
 
 def fast_twin(module: nn.Module, x: Tensor) -> Twin:
-    """A faster equivalent of `module` for its forward and input gradient, and in words what it is.
+    """A faster equivalent of `module` for its forward and input gradient, with what is to be known of it.
 
     A copy in eval mode with frozen parameters, each batch-norm folded into its convolution, in channels_last, and on
     a CPU with input gradients of few channels computed by blocks of pixels, images flattened in the order of memory,
     and large linear layers by oneDNN.
     It must agree with the module on `x`, real images (N, C, H, W): the same argmax in every row, logits within
-    TOLERANCE of the largest, a finite input gradient. Where it does not, or cannot be made, a plain frozen copy
+    TWIN_TOLERANCE of the largest, a finite input gradient. Where it does not, or cannot be made, a plain frozen copy
     is tried, then `module` itself is returned, with the reason. `module` is left exactly as it was.
 
     A twin is almost the module: what is found on it is to be confirmed on the module.
@@ -200,7 +200,7 @@ class _Hooks(TorchFunctionMode):
 def difference(twin: Seen, module: Seen) -> str | None:
     """Why one network cannot stand in for another, by what both said of the same images, or None."""
     off = apart(module.logits, twin.logits)
-    if not off <= TOLERANCE:  # NaN is no agreement either
+    if not off <= TWIN_TOLERANCE:  # NaN is no agreement either
         return f"a copy's logits are off by {off:.2g} of the largest"
     if not torch.equal(twin.logits.argmax(dim=1), module.logits.argmax(dim=1)):
         return "a copy classifies some images differently"

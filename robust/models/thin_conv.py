@@ -89,7 +89,7 @@ def _is_whole(conv: nn.Conv2d) -> bool:
 
 
 class _Convolve(torch.autograd.Function):
-    by_row = True  # see attacks/backward.py
+    by_rows = True  # see attacks/backward.py
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, conv: ThinConv2d) -> Tensor:
