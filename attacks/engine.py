@@ -233,11 +233,12 @@ def _climbs(
             wrong = logits.scatter(1, y.to(logits.device)[:, None], -torch.inf).argsort(1, descending=True)
             targets = wrong[:, : min(attack.targets, logits.shape[1] - 1)].tolist()
         for task, wanted in zip(batch, targets, strict=True):
-            # Looking which classes are likely cost a forward.
-            forwards = [draws if attack.targets else 0, *[0] * (len(eps) - 1)]
             runs = [target for target in wanted for _ in range(attack.restarts)]
             rungs = min(ladder, len(eps) if task.rungs is None else task.rungs)
-            yield _Climb(task, runs, rungs, forwards, [0] * len(eps), rung=min(task.first, rungs - 1))
+            climb = _Climb(task, runs, rungs, [0] * len(eps), [0] * len(eps), rung=min(task.first, rungs - 1))
+            if attack.targets:  # looking which classes are likely cost a forward
+                climb.forwards[climb.rung] = draws
+            yield climb
 
 
 def _begin(attack: Attack, climbs: list[_Climb], eps: Sequence[float], seed: int) -> _Slots:

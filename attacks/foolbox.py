@@ -104,7 +104,7 @@ class FoolboxAttack:
         attack = self._make()
         if self.restarts > 1:
             attack = attack.repeat(self.restarts)
-        # The minimal distance answers for every eps at once; a fixed eps is tried on what still stands.
+        # The least distance answers for every eps at once; a fixed eps is tried on what still stands.
         minimal = self.budget == "minimal"
         x_adv = x.clone()
         rung = torch.full((len(batch),), -1)
@@ -118,18 +118,15 @@ class FoolboxAttack:
             rows = standing.to(x.device)
             counted.forwards = counted.gradients = 0
             found, clipped, success = attack(judge, x[rows], criterion(y[rows]), epsilons=None if minimal else eps[k])
-            x_adv[rows] = (found if minimal else clipped).detach()
+            if minimal:
+                x_adv, rung = self._drawn_back(counted, x, y, found.detach(), success, eps)
+            else:
+                x_adv[rows] = clipped.detach()
+                rung[standing[success.cpu()]] = k
             # As an array, for numpy takes a tensor of one number for that number.
             at = standing.numpy(), 0 if minimal else k
             forwards[at] = _share(counted.forwards, len(rows))
             gradients[at] = _share(counted.gradients, len(rows))
-            if minimal:
-                distance = NORMS[self.norm].distance(x_adv - x).cpu()
-                smallest = torch.searchsorted(torch.tensor(eps), distance - 1e-6)
-                reached = success.cpu() & (smallest < len(eps))
-                rung = torch.where(reached, smallest, rung)
-            else:
-                rung[standing[success.cpu()]] = k
         # A search that ended outside every eps, or in NaN, found nothing: its last point is the clean image.
         found_none = (rung < 0) | ~x_adv.flatten(1).isfinite().all(1).cpu()
         rung[found_none] = -1
@@ -146,6 +143,29 @@ class FoolboxAttack:
             )
             for row, task in enumerate(batch)
         ]
+
+    def _drawn_back(
+        self, model: nn.Module, x: Tensor, y: Tensor, found: Tensor, success: Tensor, eps: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """Adversarial points (N, C, H, W), and the rung (N,) of the smallest eps that each is within, -1 for none.
+
+        As foolbox does where it is told an eps: what a search found beyond it is drawn back to it, and judged again.
+        """
+        points, rung = found.clone(), torch.full((len(x),), -1)
+        distance = NORMS[self.norm].distance(found - x)
+        for k, radius in enumerate(eps):
+            near = (rung < 0) & (success & (distance <= radius + 1e-6)).cpu()
+            rung[near] = k
+            rows = torch.nonzero((rung < 0).to(x.device) & distance.isfinite()).squeeze(1)
+            if self.norm == "l0" or len(rows) == 0:  # in l0 there is no way back
+                continue
+            clipped = _distance(self.norm).clip_perturbation(x[rows], found[rows], radius)
+            with torch.no_grad():
+                pred = model(clipped).argmax(1)
+            fools = pred == y[rows] if self.targeted else pred != y[rows]
+            points[rows[fools]] = clipped[fools]
+            rung[rows[fools].cpu()] = k
+        return points, rung
 
 
 def foolbox_attacks() -> dict[str, Any]:

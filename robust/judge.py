@@ -146,7 +146,10 @@ class Judge:
         fooled = self.fools(pred, y) & (distance > 0)
         # What is projected onto eps may be rounded beyond it; where the search is for the distance itself, that counts.
         rungs = self._rungs(distance, 0 if is_minimal(attack) else self.pixels)
-        fooled_8bit = self._survive_8bit(x, y, x_adv, rungs, fooled, in_8bit, saved)
+        # How far an attack went: all the way to the eps it was given, or as near as it could.
+        ladder = torch.tensor([*self.options.eps, math.inf], dtype=distance.dtype, device=x.device)
+        went = distance if attack.budget == "minimal" else ladder[rungs]
+        fooled_8bit = self._survive_8bit(x, y, x_adv, went, rungs, fooled, in_8bit, saved)
         reached = [rung if rung < len(self.options.eps) else None for rung in rungs.tolist()]
         sizes = {norm: values.tolist() for norm, values in distances.items()}
         return [
@@ -196,15 +199,24 @@ class Judge:
         return self._within(distance, eps) & (distance > 0), rounded
 
     def _survive_8bit(
-        self, x: Tensor, y: Tensor, x_adv: Tensor, first: Tensor, fooled: Tensor, tried: Tensor, saved: Tensor
+        self,
+        x: Tensor,
+        y: Tensor,
+        x_adv: Tensor,
+        went: Tensor,
+        first: Tensor,
+        fooled: Tensor,
+        tried: Tensor,
+        saved: Tensor,
     ) -> Tensor:
         """(N, len(eps)) bool: whether an 8-bit image within eps, made from the adversarial, fools the model.
 
+        went: (N,), how far the attack meant to go, which is scaled up to each eps.
         first: (N,), the smallest eps that the adversarial lies within.
         tried, saved: (N,) bool, for whom that is known already at the first eps, and for whom it does.
 
-        At the eps where the adversarial was found it is that image rounded; at a larger eps, as long as no
-        smaller one has survived, the same perturbation scaled up to that eps and rounded.
+        At each eps, from the first on and as long as no smaller one has survived, it is the perturbation scaled up to
+        that eps and rounded. What was sought within a fixed eps is at that eps the adversarial itself.
         """
         eps = self.options.eps
         survives = torch.zeros(len(x), len(eps), dtype=torch.bool)
@@ -220,7 +232,7 @@ class Judge:
             there = rows.to(x.device)
             # A larger eps in l0 is not more of each change.
             grows = self.options.norm != "l0"
-            scale = torch.tensor([radius / eps[int(first[row])] if grows else 1.0 for row in rows], device=x.device)
+            scale = (radius / went[there] if grows else torch.ones_like(went[there])).to(x)
             scaled = x[there] + per_slot(scale, x) * (x_adv[there] - x[there])
             rounded = round_to_8bit(x[there], scaled.clamp_(0, 1), radius, self.options.norm)
             pred, _, _ = self.predict(rounded)

@@ -353,7 +353,7 @@ def test_transfer_judges_the_last_point_of_a_run_on_the_surrogate():
     assert broken[0] < broken[1] <= broken[2] + 1
 
 
-@pytest.mark.parametrize("name", ["transfer", "pgd", "noise", "foolbox:LinfPGD"])
+@pytest.mark.parametrize("name", ["transfer", "pgd", "apgd-t", "noise", "foolbox:LinfPGD"])
 def test_every_attack_begins_on_the_rung_of_the_task(name):
     model, x = conv_net(), images(3)
     attack = attacks.make(name, "linf", surrogate=conv_net(seed=9))

@@ -77,6 +77,27 @@ def test_any_foolbox_attack_gives_foolbox_verdicts_and_exact_counts():
     assert sum(sum(o.forwards) for o in outcomes) == rows.forwards
 
 
+@pytest.mark.parametrize("targeted", [False, True])
+def test_what_a_foolbox_search_found_too_far_out_is_drawn_back_to_each_eps(targeted):
+    model, x = conv_net(), images(40)
+    y, eps = predictions(model, x), [0.3, 0.6, 1.2]
+    goal = (y + 1) % 5 if targeted else y
+    name = "L2CarliniWagnerAttack" if targeted else "NewtonFoolAttack"
+    options = {"steps": 10} if targeted else {}
+    attack = attacks.make(f"foolbox:{name}", "l2", targeted, **options)
+    outcomes = run(model, attack, x, goal, eps, slots=40)
+    assert [o.position for o in outcomes] == list(range(40))
+    criterion = foolbox.TargetedMisclassification(goal) if targeted else foolbox.Misclassification(y)
+    judge = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    raw, _, success = getattr(foolbox.attacks, name)(**options)(judge, x, criterion, epsilons=eps)
+    for k, radius in enumerate(eps):
+        found = torch.tensor([o.found and o.rung <= k for o in outcomes])
+        assert torch.equal(found, success[: k + 1].any(0)), radius
+    assert all((o.x_adv - x[o.position]).norm() <= eps[o.rung] * 1.000001 for o in outcomes if o.found)
+    if not targeted:  # it mattered
+        assert ((raw[0] - x).flatten(1).norm(dim=1) <= eps[-1]).sum() < success.any(0).sum()
+
+
 def test_foolbox_fixed_eps_attack_is_tried_only_on_what_stands():
     model, x = conv_net(), images(10)
     y, eps = predictions(model, x), [0.001, 0.02, 0.3]

@@ -166,6 +166,20 @@ def test_what_a_search_for_the_least_distance_found_is_not_rounded(model, name):
     assert not any(np.allclose(x_adv * 255, (x_adv * 255).round(), atol=1e-3) for x_adv in found)
 
 
+@pytest.mark.parametrize("name", ["ddn", "foolbox:L2DeepFoolAttack"])
+def test_a_nearest_adversarial_is_taken_out_to_eps_before_it_is_rounded(model, name):
+    """At the boundary, where it lies, rounding decides; whether an image within eps fools the model is another
+    question, and has nothing to do with which smaller eps were asked about."""
+    x = (images(40) * 255).round() / 255
+    data = x, model(x).argmax(1)
+    alone, farther = (
+        robust.run(model, data, attacks=name, norm="l2", eps=eps, steps=30).samples for eps in ([1.5], [0.2, 0.4, 1.5])
+    )
+    at = farther[farther.eps == 1.5]
+    lost = (alone.success & alone.robust_8bit).sum()
+    assert alone.success.sum() > 30 and lost == (at.success & at.robust_8bit).sum() == 0
+
+
 def test_what_is_inside_only_when_rounded_has_left_the_ball_all_the_same(model, monkeypatch):
     @dataclass(frozen=True, kw_only=True)
     class Cheat(FGSM):
