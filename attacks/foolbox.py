@@ -169,7 +169,8 @@ class FoolboxAttack:
 
 
 def foolbox_attacks() -> dict[str, Any]:
-    """Foolbox's attack classes by prefixed name: those whose perturbation a norm bounds, and that need no data."""
+    """Foolbox's attack classes by prefixed name: those whose perturbation a norm bounds, and that need nothing but
+    a model and images."""
     import foolbox.attacks as catalogue
     from foolbox.attacks.base import AttackWithDistance
 
@@ -177,7 +178,9 @@ def foolbox_attacks() -> dict[str, Any]:
     return {
         PREFIX + name: value
         for name, value in sorted(classes.items())
-        if issubclass(value, AttackWithDistance) and not inspect.isabstract(value) and not hasattr(value, "feed")
+        if issubclass(value, AttackWithDistance) and not inspect.isabstract(value)
+        # Those that need images to choose from, or adversarials of another attack to refine.
+        if not hasattr(value, "feed") and name != "BinarizationRefinementAttack"
     }
 
 

@@ -462,7 +462,7 @@ def test_one_image_labelled_by_wnid(tmp_path):
         (PETS, "pandda", "unknown label 'pandda'; did you mean panda"),
         (model_of(class_names=("sandal", "giant panda", "gull")), "PANDA", r"did you mean giant panda\?$"),
         (PETS, "3", "unknown label '3'; known: dog"),
-        (model_of(), "panda", r"net has no class names: give the label as a number, 0 \.\. 2"),
+        (model_of(), "panda", r"label 'panda' is no class: net has no class names, so it is a number, 0 \.\. 2"),
         (model_of(class_names=("crane", "gull", "crane")), "crane", "names the classes 0, 2: give the number"),
     ],
 )

@@ -243,7 +243,7 @@ def test_the_docs_say_which_attack_takes_which_option():
         ("--model model.py:net --data empty", "empty"),
         ("--model model.py:net --data words.npz", "no array x and no y"),
         (f"{COMMON} --device warp", "device 'warp' cannot be used"),
-        (f"{COMMON} --target gibbon", "give the target as a number"),
+        (f"{COMMON} --target gibbon", "it is a number, 0 .. 4"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(project, capsys, line, says):

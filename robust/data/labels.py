@@ -104,7 +104,8 @@ def label_of(name: str, model: Model, option: str = "label") -> int:
         raise InputError(f"{option} {name!r} names the classes {_listed(matches)}: give the number of one")
     if not matches and model.class_names is None:
         raise InputError(
-            f"{model.name} has no class names: give the {option} as a number, 0 .. {model.num_classes - 1}"
+            f"{option} {name!r} is no class: {model.name} has no class names, so it is a number, "
+            f"0 .. {model.num_classes - 1}"
         )
     if not matches:
         synonyms = [synonym.strip() for known in model.class_names or () for synonym in known.split(",")]

@@ -71,6 +71,8 @@ def first_accepted(module: nn.Module, sizes: Iterable[Size]) -> tuple[Size, int]
             raise
         except InputError as error:
             failures.append(str(error))
+    if len(set(failures)) == 1:  # it is not the size
+        raise InputError(failures[0])
     raise InputError(
         f"{'; '.join(failures)}; where it wants another size, give --input-size, or set input_size = (C, H, W) "
         "on the module"
