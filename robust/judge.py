@@ -35,7 +35,7 @@ RANDOM_PUSHES = (*PUSHES, 1.1, 1.2, 1.5, 2.0)  # of a random model, whose neares
 class Verified:
     """An attack's claim about one sample, after a fresh forward pass on the model itself."""
 
-    outcome: attacks.Outcome
+    outcome: attacks.Outcome  # of a search for the least distance that found something, without a rung
     x_adv: Tensor
     rung: int | None  # of the smallest eps that it lies within
     fooled: bool  # verified: inside the ball and the box, and the model errs (or hits the target)
