@@ -1,6 +1,7 @@
 """A comparison as JSON: everything that it holds, ids included."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from robust.gate import Change, Comparison
 from robust.verdicts import Verdicts
 
 # History: 1: first. 2: `error`, which is null, or why there is no comparison: then all else is left out.
-SCHEMA_VERSION = 2
+# 3: `p_adjusted` is null for the noise control, which beside attacks is not tested.
+SCHEMA_VERSION = 3
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
@@ -60,7 +62,7 @@ def _row(comparison: Comparison, change: Change, clean: Change) -> dict[str, Any
         "ci_low": change.low,
         "ci_high": change.high,
         "p_value": change.p_value,
-        "p_adjusted": change.p_adjusted,
+        "p_adjusted": None if math.isnan(change.p_adjusted) else change.p_adjusted,
         "fell": comparison.ids(change.fell),
         "rose": comparison.ids(change.rose),
     }

@@ -5,7 +5,7 @@ comparison.passed, comparison.answer, comparison.failures, comparison.causes
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,7 +14,7 @@ import numpy as np
 from robust import causes
 from robust.errors import InputError
 from robust.pairing import Incomparable, Pairs, pair
-from robust.statistics import WORST_CASE, holm, mcnemar, paired_difference, wilson
+from robust.statistics import CONTROL, WORST_CASE, holm, mcnemar, paired_difference, wilson
 from robust.text import format_p, format_points, visible
 from robust.units import format_count, format_images, format_percent
 from robust.verdicts import CLEAN, Row, Samples, Verdicts, among, same_eps, worst_cases
@@ -87,7 +87,8 @@ class Rules:
 class Change:
     """What became of one accuracy. `fell` and `rose` are positions in `Comparison.samples`.
 
-    low, high: 95 % interval of `change`. p_value: of the exact McNemar test; p_adjusted: after Holm, over all rows.
+    low, high: 95 % interval of `change`. p_value: of the exact McNemar test; p_adjusted: after Holm, over all rows that
+    are tested, NaN for one that is not.
     """
 
     row: Row
@@ -111,9 +112,10 @@ class Change:
         before, after = format_percent(self.before, self.n), format_percent(self.after, self.n)
         verb = "fell" if self.change < 0 else "rose"
         moved = f"{verb} from {before} to {after}" if self.change else f"stayed at {after}"
+        test = "the control, not tested" if math.isnan(self.p_adjusted) else format_p(self.p_adjusted)
         return (
             f"{self.row} {moved} ({format_points(self.change)} points, 95 % interval {format_points(self.low)} to "
-            f"{format_points(self.high)}, {format_p(self.p_adjusted)}): {format_images(len(self.fell))} fell, "
+            f"{format_points(self.high)}, {test}): {format_images(len(self.fell))} fell, "
             f"{format_count(len(self.rose))} rose"
         )
 
@@ -203,15 +205,24 @@ def compare(baseline: Verdicts, current: Verdicts, rules: Rules = Rules()) -> Co
     pairs = pair(baseline, current, rules.eps)
     tests = _tests(pairs)
     changes = _changes(pairs, tests)
-    judgements = (*_drops(changes, rules), *_floors(changes, current, rules), *_checks(baseline, current))
+    judgements = (
+        *_drops([change for change in changes if change.row in tests], rules),
+        *_floors(changes, current, rules),
+        *_checks(baseline, current),
+    )
     return Comparison(baseline, current, rules, pairs, changes, 1 + max(tests.values()), judgements)
 
 
-def _tests(rows: Iterable[Row]) -> dict[Row, int]:
-    """Which test, from 0, each row stands for: the worst case over one attack is that attack's row again."""
+def _tests(rows: Collection[Row]) -> dict[Row, int]:
+    """Which test, from 0, each row stands for: the worst case over one attack is that attack's row again.
+
+    The control is none beside attacks: what it breaks is in the worst case, and more tests raise the bar for all.
+    """
     tests: dict[Row, int] = {}
     for row in rows:
-        alike = [other for other in tests if other[1:] == row[1:]]
+        alike = [other for other in rows if other[1:] == row[1:] and other.attack not in (row.attack, WORST_CASE)]
+        if row.attack == CONTROL and alike:
+            continue
         again = row.attack == WORST_CASE and len(alike) == 1
         tests[row] = tests[alike[0]] if again else max(tests.values(), default=-1) + 1
     return tests
@@ -224,8 +235,10 @@ def _changes(pairs: Pairs, tests: dict[Row, int]) -> tuple[Change, ...]:
         low, high = paired_difference(len(fell), len(rose), n, kept=int((before & after).sum()))
         p_value = mcnemar(len(fell), len(rose))
         changes.append(Change(row, n, int(before.sum()), int(after.sum()), fell, rose, low, high, p_value))
-    adjusted = holm(list({tests[change.row]: change.p_value for change in changes}.values()))
-    return tuple(replace(change, p_adjusted=adjusted[tests[change.row]]) for change in changes)
+    adjusted = holm(list({tests[change.row]: change.p_value for change in changes if change.row in tests}.values()))
+    return tuple(
+        replace(change, p_adjusted=adjusted[tests[change.row]]) if change.row in tests else change for change in changes
+    )
 
 
 def _drops(changes: Sequence[Change], rules: Rules) -> Iterator[Judgement]:

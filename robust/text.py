@@ -1,5 +1,6 @@
 """How what the gate says is written: text from files made harmless, changes in points, p-values."""
 
+import math
 import re
 
 # Control characters, halves of surrogate pairs, and the two code points that are no characters: of these XML 1.0 holds
@@ -29,8 +30,8 @@ def format_p(p_value: float) -> str:
 
 
 def format_bare_p(p_value: float) -> str:
-    """The same for a column that is called p: '< 0.001', '0.034'."""
-    return format_p(p_value).removeprefix("p ").removeprefix("= ")
+    """The same for a column that is called p: '< 0.001', '0.034'; '–' for NaN."""
+    return "–" if math.isnan(p_value) else format_p(p_value).removeprefix("p ").removeprefix("= ")
 
 
 def _symbol(code: int) -> str:

@@ -73,6 +73,21 @@ def test_the_worst_case_over_one_attack_is_no_test_of_its_own():
     assert change(comparison, "pgd").p_adjusted == change(comparison, WORST_CASE).p_adjusted == 2 * 2 * 0.5**6
 
 
+def test_the_control_is_shown_beside_attacks_and_raises_no_bar():
+    n = 100
+    before = {("fgsm", 0.1): share(n, 60), ("noise", 0.1): share(n, 90)}
+    # 9 fall to the attack; nobody asks whether the control's fall is significant, though it is.
+    after = {("fgsm", 0.1): share(n, 51), ("noise", 0.1): share(n, 70)}
+    comparison = compare(verdicts(before), verdicts(after), Rules(max_drop=0.05))
+    assert comparison.tests == 3  # clean, the attack, the worst case over both
+    control = change(comparison, "noise")
+    assert np.isnan(control.p_adjusted) and control.p_value < 0.001 and not comparison.is_fall(control)
+    assert "the control, not tested" in str(control)
+    assert {failure.row.attack for failure in comparison.failures} == {"fgsm", WORST_CASE}
+    alone = compare(*(verdicts({("noise", 0.1): run["noise", 0.1]}) for run in (before, after)))
+    assert alone.tests == 2 and {failure.row.attack for failure in alone.failures} == {"noise", WORST_CASE}
+
+
 def test_the_order_of_the_samples_says_nothing():
     rng = np.random.default_rng(0)
     bits, ids = rng.integers(0, 2, 40), [f"{k}.png" for k in range(40)]
