@@ -300,7 +300,7 @@ def test_where_nothing_can_be_compared_the_server_is_told_why(here, capsys):
     assert f"error: {reason}\n" == err
     assert unescape((here / "m.md").read_text()).endswith(f"{reason}\n")
     told = json.loads((here / "c.json").read_text(encoding="utf-8"))
-    assert told == {"schema_version": 2, "passed": False, "answer": reason, "error": reason}
+    assert told == {"schema_version": 3, "passed": False, "answer": reason, "error": reason}
     page = Reader((here / "c.html").read_text(encoding="utf-8"))
     assert reason in [line.strip() for line in page.text] and not any(tag == "script" for tag, _ in page.tags)
 
@@ -374,7 +374,7 @@ def test_inert_text_reads_the_same_and_does_nothing(text):
 
 def test_json_holds_everything(written, runs):
     report = json.loads((written / "json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
-    assert (report["schema_version"], report["error"], report["passed"]) == (2, None, False)
+    assert (report["schema_version"], report["error"], report["passed"]) == (3, None, False)
     assert report["answer"].startswith("FAIL")
     assert report["rules"]["significant"] == 0.05
     row = report["rows"][-1]
