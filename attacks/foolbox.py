@@ -45,8 +45,9 @@ class FoolboxAttack:
     options: dict[str, Any] = field(default_factory=dict)
 
     source: ClassVar[str] = "github.com/bethgelab/foolbox"
-    points: ClassVar[int] = 0  # foolbox's attacks do not say, neither this
-    asks_gradients: ClassVar[bool] = False  # nor this
+    # Foolbox's attacks say neither.
+    points: ClassVar[int] = 0
+    asks_gradients: ClassVar[bool] = False
 
     @classmethod
     def of(cls, name: str, norm: str, targeted: bool, given: dict[str, Any]) -> "FoolboxAttack":

@@ -16,7 +16,7 @@ from attacks import engine
 from attacks.backward import NoRule, gradient_of_rows
 from robust.models import load_model
 from robust.models.prepare import fast_twin, look
-from toys import conv_net, images, tasks
+from toys import Outputs, conv_net, images, tasks
 
 N, C, SIDE = 8, 6, 6  # several equal sizes, so that a dimension taken for another shows
 
@@ -90,17 +90,8 @@ def check(network: Callable[[Tensor], Tensor], x: Tensor, rows: Tensor, within: 
     assert (ours - theirs).abs().max() <= within * theirs.abs().max()
 
 
-class Network(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    return look(Network(function), x, by_rows=True).by_rows
+    return look(Outputs(function), x, by_rows=True).by_rows
 
 
 def scores(x: Tensor) -> Tensor:

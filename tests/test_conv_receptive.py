@@ -17,6 +17,7 @@ from robust.conv import layers
 from robust.conv.fields import Field
 from robust.conv.receptive import receptive_fields
 from robust.errors import InputError
+from toys import Outputs
 
 Shape = tuple[int, int, int]
 
@@ -195,15 +196,6 @@ def test_nan_in_a_pixel_reaches_the_cells_whose_fields_it_is_in(name: str) -> No
     assert_fields_are(receptive_fields(network, size), network, size)
 
 
-class Applied(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 def ones(*shape: int) -> Tensor:
     return torch.ones(shape, dtype=torch.float64)
 
@@ -268,7 +260,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, int]]] = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_nan_in_a_pixel_reaches_the_cells_whose_fields_it_is_in_after(name: str) -> None:
     function, strides = FUNCTIONS[name]
-    network = nn.Sequential(nn.Conv2d(3, 4, (3, 2), stride=(2, 1)), Applied(function)).double().eval()
+    network = nn.Sequential(nn.Conv2d(3, 4, (3, 2), stride=(2, 1)), Outputs(function)).double().eval()
     fields = receptive_fields(network, (3, 21, 17))
     assert tuple(field.stride for field in fields["1"]) == strides
     assert_fields_are(fields, network, (3, 21, 17))
@@ -400,10 +392,10 @@ MISFIT = "its kernel_size, stride and padding do not make 9 cells of 18"
 REFUSED = {
     "upsampling": (nn.Upsample(scale_factor=2), "which values of its inputs interpolate makes an output of"),
     "transposed": (nn.ConvTranspose2d(2, 2, 3), "which values of its inputs conv_transpose2d makes an output of"),
-    "image as weights": (Applied(lambda x: F.conv2d(torch.ones(1, 2, 20, 20), x)), "which values of its inputs conv2d"),
+    "image as weights": (Outputs(lambda x: F.conv2d(torch.ones(1, 2, 20, 20), x)), "which values of its inputs conv2d"),
     "in place": (Overwritten(), "which values of its inputs setitem makes an output of"),
     "into a part": (
-        Applied(lambda x: x[:, :1].add_(F.avg_pool2d(x, 5, 1, 2)[:, :1]) * 0 + x),
+        Outputs(lambda x: x[:, :1].add_(F.avg_pool2d(x, 5, 1, 2)[:, :1]) * 0 + x),
         "add writes into a part",
     ),
     "another stride": (Opaque(stride=(5, 1)), MISFIT),
