@@ -34,8 +34,9 @@ class Rules:
     """When a comparison fails. Shares are of all samples, in [0, 1].
 
     max_drop, significant: an accuracy, clean or robust, may not fall by more than `max_drop`; it may not fall by an
-        amount that the exact McNemar test, Holm-corrected over all rows, finds significant at this level. With both,
-        only a drop that is larger and significant fails. With neither, `significant` is 0.05.
+        amount that the exact McNemar test finds significant at this level, Holm-corrected over the rows tested: all but
+        the noise control beside attacks, to which neither rule is put. With both, only a drop that is larger and
+        significant fails. With neither, `significant` is 0.05.
     min_robust_accuracy: least robust accuracy in the worst case over all attacks of the current run, at each of its
         eps.
     min_clean_accuracy: least accuracy on unchanged images.
