@@ -21,6 +21,7 @@ Shape = tuple[int, ...]
 Rule = Callable[[Any, Tensor, Tensor, Shape], Sequence[Tensor | None]]
 
 aten = torch.ops.aten
+FEWEST = 12  # rows; see `filled`
 
 
 class NoRule(Exception):
@@ -80,6 +81,16 @@ def readers(output: Tensor) -> Counter[Any]:
                 if counts[node] == 1:
                     stack.append(node)
     return counts
+
+
+def filled(rows: Tensor, fewest: int = FEWEST) -> Tensor:
+    """(R, K), on a CPU with zeros behind it up to `fewest` rows.
+
+    Of fewer rows, a library adds up the products in another order, and what a row comes to would depend on how many
+    others there are. FEWEST is MKL's.
+    """
+    extra = fewest - len(rows) if rows.device.type == "cpu" else 0
+    return F.pad(rows, (0, 0, 0, extra)) if extra > 0 else rows
 
 
 def _rule(node: Any) -> Rule:
@@ -189,11 +200,11 @@ def _sum(sign: int) -> Rule:
 
 
 def _dense(node: Any, g: Tensor, rows: Tensor, shape: Shape) -> Sequence[Tensor | None]:
-    return None, g @ node._saved_mat2.t() * node._saved_alpha, None
+    return None, (filled(g) @ node._saved_mat2.t())[: len(g)] * node._saved_alpha, None
 
 
 def _plain_dense(node: Any, g: Tensor, rows: Tensor, shape: Shape) -> Sequence[Tensor | None]:
-    return g @ node._saved_mat2.t(), None
+    return (filled(g) @ node._saved_mat2.t())[: len(g)], None
 
 
 def _reshape(node: Any, g: Tensor, rows: Tensor, shape: Shape) -> Sequence[Tensor | None]:

@@ -23,6 +23,7 @@ from attacks.noise import Noise
 from attacks.norms import inside, per_slot
 
 STEADY = 16  # evaluations of equally many rows, after which kernels of their own pay and they are no longer padded
+SMALL = 2**13  # values of an image, up to which another one beside it costs little
 FEW = 7 / 8  # of a batch's rows, up to which it pays to go back with these alone
 
 
@@ -40,8 +41,8 @@ def run(
     """Attack every task over the rising ladder `eps`; outcomes come as slots retire, in no fixed order.
 
     `model` maps (B, C, H, W) to (B, K) logits, row by row; if its `by_rows` is true, attacks/backward.py may take its
-    gradient. At most `slots` rows are evaluated at once. What is found on a sample depends on (seed, key) and not on
-    its company in the batch.
+    gradient. At most `slots` rows are evaluated at once; of small images, if that is odd and not 1, one more. What is
+    found on a sample depends on (seed, key) and not on its company in the batch.
 
     draws: evaluations of each point, for models that are random: gradients and logits are averaged, and the
         class is the vote of the draws (EOT, arXiv 1802.00420). A run goes on until all draws are fooled, and has
@@ -61,7 +62,7 @@ def run(
         asking, waiting = _split(filled, attack)
         state = asking.state
         before, steady = len(asking), steady + 1 if len(asking) == before else 0
-        room = slots if steady < STEADY else len(asking)
+        room = slots if steady < STEADY else max(len(asking), min(slots, 2))
 
         state.asked += 1
         last = attack.last(state)
@@ -284,16 +285,23 @@ def _keep_nearest(attack: Attack, state: MinimalState) -> None:
         state.best_distance = torch.where(nearer, distance, state.best_distance)
 
 
-def padded(x: Tensor, slots: int) -> Tensor:
-    """x (n, ...) with copies of its first rows behind it, up to one of a few sizes, at most `slots`.
+def padded(x: Tensor, slots: int, like: Tensor | None = None, fewest: int = 2) -> Tensor:
+    """x (n, ...) with copies of its rows behind it, up to one of a few sizes, at most `slots`; if they are small
+    images, or stand for such as `like` (n, C, H, W), up to an even one, of at least `fewest`.
 
     Four sizes an octave: each new one costs kernels made for it and memory in fragments, and copies up to a
-    quarter of a batch cost less than either. What is said of the copies counts for nobody.
+    quarter of a batch cost less than either. An even one, because oneDNN computes convolutions of a single small image
+    in another order, and on some CPUs those of any odd number, and then what is found on an image would depend on its
+    company. Under one slot there is none: a model may take one image at a time. What is said of the copies counts for
+    nobody.
     """
     n = len(x)
     step = 1 << max(0, n.bit_length() - 3)
-    extra = min(-n % step, slots - n)
-    return torch.cat([x, x[:extra]]) if extra > 0 else x
+    size = max(n, min(n + -n % step, slots))
+    if slots > 1 and (x if like is None else like).shape[1:].numel() <= SMALL:
+        size = max(size + size % 2, fewest)
+    copies = [x[: size - n - at] for at in range(0, size - n, n)]  # none of them empty: cat would forget the layout
+    return torch.cat([x, *copies]) if copies else x
 
 
 def vote(draws: Sequence[Tensor]) -> Tensor:
@@ -355,10 +363,10 @@ def _gradient(
     """Of the attack's loss at query[rows], or at all but the padding; the loss is taken in the images' precision."""
     grad = None
     if by_rows and rows is not None and logits.dtype == query.dtype:
-        some = padded(rows, len(query))  # of a few sizes, as batches are
+        some = padded(rows, len(query), query)  # of a few sizes, as batches are
         if len(some) <= FEW * len(query):
             with suppress(NoRule):
-                slopes = padded(_slopes(attack, logits[rows], state), len(query))
+                slopes = padded(_slopes(attack, logits[rows], state), len(query), query)
                 grad = gradient_of_rows(logits, query, some, slopes)[: len(rows)]
     if grad is None:
         grad = _through_all(attack, query, logits, state, slice(len(state.x)) if rows is None else rows)

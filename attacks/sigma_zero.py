@@ -84,8 +84,11 @@ class SigmaZero(Closing):
         state.mean_square = state.mean_square.mul(DECAY_SQUARE).addcmul_(grad, grad, value=1 - DECAY_SQUARE)
         fade, turn = schedule(state, self.steps)
         size = self.step_size * (0.1 + 0.9 * fade)
-        # Both means begin at zero; without that they would be larger by these.
-        mean_bias, square_bias = (per_slot(1 - decay**step, grad) for decay in (DECAY, DECAY_SQUARE))
+        # Both means begin at zero; without that they would be larger by these. In float64, for the last digits of
+        # powers in float32 depend on where in memory they are, and so on the company.
+        mean_bias, square_bias = (
+            per_slot((1 - decay ** step.double()).to(grad.dtype), grad) for decay in (DECAY, DECAY_SQUARE)
+        )
         spread = torch.div(state.mean_square, square_bias).sqrt_().add_(1e-8)
         move = torch.div(state.mean, spread).mul_(per_slot(size, grad) / mean_bias)
         delta = (state.query - move).clamp_(0, 1).sub_(state.x)

@@ -178,7 +178,8 @@ class Square(Attack):
         once = windows.once[:, : pixels.shape[1]][phase][:, None]  # (B, 1, S * S)
 
         def size(delta: Tensor) -> Tensor:
-            return torch.linalg.vector_norm(delta * once, order, dim=2, keepdim=True)  # (B, C, 1)
+            # (B, C, 1); in float64, lest it depend on how much larger the windows of others are.
+            return torch.linalg.vector_norm(delta * once, order, dim=2, keepdim=True, dtype=torch.float64).to(delta)
 
         filled, emptied = (move[:, k, None] * w + move[:, k + 1, None] + pixels for k in (c, c + 2))
         both = torch.cat([filled, emptied], 1)
@@ -274,7 +275,7 @@ def _shrinkage(size: Tensor, beyond: Tensor, eps: Tensor) -> Tensor:
     shrink, low, high = torch.zeros_like(eps), torch.zeros_like(eps), size.amax(1)
     for _ in range(50):
         kept, lost = (F.relu_(sizes - shrink[:, None]) for sizes in (size, beyond))
-        excess = kept.sum(1) - lost.sum(1) - eps
+        excess = (kept.sum(1, dtype=torch.float64) - lost.sum(1, dtype=torch.float64)).to(eps) - eps
         far = (excess > ROUNDING * eps) | (excess < -ROUNDING * eps) & (shrink > 0)
         if not bool(far.any()):
             break

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import attacks
+from attacks.backward import FEWEST
 from attacks.engine import padded, vote
 from attacks.norms import NORMS, per_slot
 from robust.errors import InputError
@@ -88,17 +89,16 @@ class Judge:
 
     def _ask(self, x: Tensor) -> Tensor:
         """(N, K) logits, once."""
-        module, rows = self.model.module, self.options.batch_size
+        rows = self.options.batch_size
+        parts = x.contiguous(memory_format=self.memory_format).split(rows)
+        batches = [padded(part, rows, fewest=FEWEST) for part in parts]
         with readable_failure(
             f"model {self.model.name}",
-            f"on batches of up to {rows} images",
+            f"on batches of up to {max(rows, *map(len, batches))} images",
             "mend that and go on, or begin anew with a batch_size that it takes",
         ):
-            parts = [
-                logits_of(module, padded(part, rows), self.model.num_classes)[: len(part)]
-                for part in x.contiguous(memory_format=self.memory_format).split(rows)
-            ]
-        return torch.cat(parts)
+            said = [logits_of(self.model.module, batch, self.model.num_classes) for batch in batches]
+        return torch.cat([logits[: len(part)] for logits, part in zip(said, parts, strict=True)])
 
     def verify(
         self, attack: attacks.AnyAttack, claims: Sequence[attacks.Outcome], tasks: Mapping[int, attacks.Task]

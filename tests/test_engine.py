@@ -65,7 +65,8 @@ def test_cost_of_a_sample_that_stands(name, forwards, gradients):
     assert max(model.calls) <= 4
 
 
-def test_counts_are_those_the_model_saw():
+def test_counts_are_those_the_model_saw(monkeypatch):
+    monkeypatch.setattr(engine, "SMALL", 0)  # without copies, which are not counted
     model, x = Recorder(conv_net()), images(50)
     y = model.model(x).argmax(1)
     outcomes = run(model, attacks.make("pgd", "linf", steps=6, restarts=2), x, y, [0.004, 0.02, 0.1], slots=8)
@@ -192,9 +193,34 @@ def test_the_image_itself_is_no_adversarial(name):
 def test_a_batch_that_stays_as_it_is_is_not_padded_for_long():
     model = Recorder(nn.Identity())
     model.forward = lambda x: (model.calls.append(len(x)), robust_tenth(x))[1]
-    x = images(9)
-    run(model, attacks.make("pgd", "linf", steps=30), x, torch.zeros(9, dtype=int), [0.1], slots=16)
-    assert model.calls == [10] * engine.STEADY + [9] * (31 - engine.STEADY)
+    x = images(17)
+    run(model, attacks.make("pgd", "linf", steps=30), x, torch.zeros(17, dtype=int), [0.1], slots=32)
+    assert model.calls == [20] * engine.STEADY + [18] * (31 - engine.STEADY)
+
+
+@pytest.mark.parametrize(("side", "small"), [(12, True), (64, False)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_batches_come_in_few_sizes_of_small_images_in_even_ones(side, small, layout):
+    x = images(70, (3, side, side)).contiguous(memory_format=layout)
+    for slots in (1, 2, 7, 16, 70):
+        for n in range(1, slots + 1):
+            batch = engine.padded(x[:n], slots)
+            assert torch.equal(batch[:n], x[:n]) and torch.equal(batch[n:], x[: len(batch) - n])
+            assert batch.is_contiguous(memory_format=layout)
+            assert n <= len(batch) <= (slots + 1 if small and slots > 1 else slots)
+            assert len(batch) % 2 == 0 or not small or slots == 1
+    assert {len(engine.padded(x[:n], 70)) for n in range(8, 65)} == {
+        8,
+        10,
+        12,
+        14,
+        *range(16, 33, 4),
+        *range(40, 65, 8),
+    }
+    # As many as one rests on another library's ways: in full copies, and what is left.
+    few = engine.padded(x[:5], 16, fewest=12)
+    assert len(few) == (12 if small else 5) and few.is_contiguous(memory_format=layout)
+    assert not small or torch.equal(few, x[[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]])
 
 
 @pytest.mark.parametrize("name", ["pgd", "fmn"])

@@ -223,7 +223,7 @@ def test_draws_back_from_what_fools_and_searches_at_the_end():
     model = Linear(27)
     x = 0.5 + 0.1 * (images(1, (3, 3, 3)) - 0.5)
     asked = []
-    recorded = lambda q: (asked.append(q.detach().clone()), model(q))[1]  # noqa: E731
+    recorded = lambda q: (asked.append(q[:1].detach().clone()), model(q))[1]  # noqa: E731
     attack = FAB(norm="l2", steps=5, beta=0.7, search=3)
     (outcome,) = run(recorded, attack, x, predictions(model, x))
     assert len(asked) == 1 + attack.queries == 14 and outcome.forwards == (14,)

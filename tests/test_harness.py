@@ -7,6 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from pandas.testing import assert_frame_equal
 from PIL import Image
 from torch import nn
 
@@ -304,10 +305,32 @@ def test_published_robust_accuracies(shared, factory, eps, right, standing):
 
 @pytest.mark.long
 @pytest.mark.parametrize("factory", ["mnist_robust_03", "cifar10_robust_8px", "cifar10_resnet20"])
-def test_batch_size_changes_no_verdict_of_real_networks(shared, factory):
+def test_batch_size_changes_nothing_on_real_networks(shared, factory):
+    """Not one bit: not even of a confidence."""
     model, (x, y) = network(shared, factory), first_images(shared, factory)
     if factory == "cifar10_resnet20":
         x, y = x[::5], y[::5]
     eps = [0.1, 0.3] if factory.startswith("mnist") else [1 / 255, 8 / 255]
     small, large = (robust.run(model, (x, y), attacks=["fgsm", "pgd"], eps=eps, batch_size=b) for b in (16, 128))
-    assert verdicts(small) == verdicts(large)
+    assert_frame_equal(small.samples, large.samples, check_exact=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("factory", "norm", "eps", "names"),
+    [
+        ("mnist_robust_03", "linf", [0.2, 0.5], ["pgd", "apgd-dlr", "fmn", "fab-t", "square"]),
+        ("mnist_robust_03", "l0", [9, 40], ["fmn", "sigma-zero", "noise"]),
+        ("cifar10_robust_8px", "l1", [2, 20], ["apgd-ce", "fmn", "fab-t", "square", "noise"]),
+        ("cifar10_robust_8px", "l2", [0.2, 1.5], ["pgd", "apgd-ce", "fab-t", "mi-fgsm", "square"]),
+        ("cifar10_resnet20", "l2", [0.02, 0.2], ["pgd", "fmn", "ddn"]),
+        ("cifar10_resnet20", "l0", [1, 9], ["sigma-zero"]),
+    ],
+)
+def test_company_changes_nothing_on_real_networks(shared, factory, norm, eps, names):
+    """Of no attack, and not one bit: seven or two at a time, and so in another order."""
+    model, (x, y) = network(shared, factory), first_images(shared, factory)
+    options = {"attacks": names, "norm": norm, "eps": eps, "steps": 20, "queries": 60 if "square" in names else None}
+    seven, two = (robust.run(model, (x[::40], y[::40]), **options, batch_size=b).samples for b in (7, 2))
+    assert seven.robust.any() and seven.success.any()
+    assert_frame_equal(seven, two, check_exact=True)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
+from attacks.backward import gradient_of_rows
 from robust.models.cpu import lanes
 from robust.models.frozen_linear import FrozenLinear
 from robust.models.prepare import _suits_channels_last, fast_twin, frozen, judging_format
@@ -427,7 +428,7 @@ def test_the_twin_has_the_gradient_of_the_model():
 def test_a_frozen_linear_layer_is_the_layer(shape, bias, capability):
     linear = nn.Linear(300, 250, bias)
     frozen_linear = FrozenLinear(linear)
-    assert frozen_linear.by_onednn == FrozenLinear.suits(linear) == (capability == "AVX512")
+    assert frozen_linear.by_onednn == (capability == "AVX512") and FrozenLinear.suits(linear)
     x = torch.rand(shape, generator=torch.Generator().manual_seed(2))
     # Also of memory that is not in order, such as what a transposed product leaves.
     for query in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
@@ -457,9 +458,33 @@ def test_a_frozen_linear_layer_that_flattens_reads_images_however_they_lie(shape
         torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="other libraries have orders of their own")
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 10), (300, 250), (1568, 100)])
+def test_a_row_of_a_linear_layer_does_not_depend_on_how_many_there_are(inputs, outputs, capability):
+    """To the bit, and MKL's own do, whose order is another for few rows."""
+    linear = nn.Linear(inputs, outputs).requires_grad_(False)
+    ours = FrozenLinear(linear)
+    x = torch.rand(64, inputs, generator=torch.Generator().manual_seed(2))
+    slopes = torch.linspace(-1, 1, outputs).expand(64, outputs).contiguous()
+
+    def told(n: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """With and without a graph; the gradients of all rows and of some."""
+        query = x[:n].clone().requires_grad_()
+        out = ours(query)
+        gradients = [gradient_of_rows(out, query, torch.arange(some), slopes[:some]) for some in (1, n // 2 + 1, n)]
+        return out.detach(), ours(x[:n]), [*torch.autograd.grad(out, query, slopes[:n]), *gradients]
+
+    out, _, (gradient, *_) = told(64)
+    for n in [*range(1, 20), 33, 64]:
+        graphed, plain, gradients = told(n)
+        assert torch.equal(graphed, out[:n]) and torch.equal(plain, out[:n])
+        assert all(torch.equal(part, gradient[: len(part)]) for part in gradients)
+    assert not torch.equal(linear(x[:1]), linear(x)[:1])
+
+
 def test_without_convolutions_nothing_is_gained_by_the_order_of_memory():
     twin, description, _ = fast_twin(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)).eval(), images(8))
-    assert description == "frozen copy" and [type(layer) for layer in twin] == [nn.Flatten, nn.Linear]
+    assert description == "frozen copy" and [type(layer) for layer in twin] == [nn.Flatten, FrozenLinear]
 
 
 class Rows(nn.Flatten):
@@ -524,7 +549,7 @@ def test_the_twin_reads_images_in_the_order_of_memory(monkeypatch, capability):
     assert list(twin[3].in_order) == [(8, 7, 7)]
     made.clear()
     fast_twin(other, x)
-    assert bool(made) == (capability == "AVX512") and all(len(shape) == 2 for shape in made)
+    assert made and all(len(shape) == 2 for shape in made)
     for module in (net, other):
         for ours, theirs in zip(
             logits_and_gradient(fast_twin(module, x)[0], x), logits_and_gradient(module, x), strict=True
@@ -546,13 +571,13 @@ def test_a_linear_layer_by_onednn_may_be_activated_in_place(flatten, capability)
 @pytest.mark.parametrize(
     ("capability", "inputs"), [("AVX512", 192), ("AVX2", 2**22 // 400 + 1)], indirect=["capability"]
 )
-def test_the_twin_takes_large_linear_layers_only(capability, inputs):
+def test_large_linear_layers_go_to_onednn(capability, inputs):
     x = torch.rand(4, inputs)
     for width in (400, 300):
         net = nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, 10)).eval()
         twin, description, _ = fast_twin(net, x)
         assert description == ("linear layers by oneDNN" if width == 400 else "frozen copy")
-        assert [type(layer) for layer in twin] == [FrozenLinear if width == 400 else nn.Linear, nn.ReLU, nn.Linear]
+        assert [layer.by_onednn for layer in (twin[0], twin[2])] == [width == 400, False]
         torch.testing.assert_close(twin(x), net(x), rtol=1e-4, atol=1e-5)
     assert not FrozenLinear.suits(nn.Linear(inputs, 400).double())
     largest, larger = (nn.utils.skip_init(nn.Linear, 2**12, 2**12 + more) for more in (0, 1))

@@ -80,13 +80,13 @@ def at_their_own(attack: AnyAttack, model: nn.Module, x: Tensor, y: Tensor, eps:
     return [k in broken for k in range(len(x))]
 
 
-def noise(n: int, shape: tuple[int, ...], seed: int = 0, restart: int = 0) -> Noise:
-    keys = [sample_key(str(k)) for k in range(n)]
+def noise(n: int, shape: tuple[int, ...], seed: int = 0, restart: int = 0, first: int = 0) -> Noise:
+    keys = [sample_key(str(first + k)) for k in range(n)]
     return Noise(seed, keys, [restart] * n, shape, torch.device("cpu"))
 
 
-def begin(attack: Attack, x: Tensor, y: Tensor, eps: float, target: Tensor | None = None) -> State:
-    """The state in which the attack begins on these images."""
+def begin(attack: Attack, x: Tensor, y: Tensor, eps: float, target: Tensor | None = None, first: int = 0) -> State:
+    """The state in which the attack begins on these images, with the noise of the samples from number `first` on."""
     known = {
         "x": x, "y": y, "target": y if target is None else target, "eps": torch.full((len(x),), eps),
         "query": x.clone(), "asked": torch.zeros(len(x), dtype=torch.long),
@@ -96,7 +96,7 @@ def begin(attack: Attack, x: Tensor, y: Tensor, eps: float, target: Tensor | Non
         state: State = MinimalState(**known, best=x, best_distance=torch.full((len(x),), torch.inf))
     else:
         state = State(**known)
-    return attack.init(state, noise(len(x), tuple(x.shape[1:])))
+    return attack.init(state, noise(len(x), tuple(x.shape[1:]), first=first))
 
 
 def queries(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, eps: float) -> list[Tensor]:

@@ -1,4 +1,5 @@
-"""Linear layers on a CPU that read images as they lie in memory, and by oneDNN's product where it is the faster one.
+"""Linear layers on a CPU: of each row the same to the bit in whatever company, images read as they lie in memory, and
+oneDNN's product where it is the faster one.
 
 torch.nn.functional.linear calls MKL, which is slow at large layers, and with AVX-512 leaves half of the registers of
 some CPUs idle; oneDNN uses the widest that there are, whoever made them. For smaller layers, calling it takes longer
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from attacks.backward import FEWEST, filled
 from robust.conv.algorithm import Epilogue
 from robust.conv.product import product
 from robust.models.cpu import lanes
@@ -38,11 +40,9 @@ class FrozenLinear(nn.Module):
         self.in_order: dict[torch.Size, _Packed] = {}  # shape of an image (C, H, W) ->
 
     @staticmethod
-    def suits(linear: nn.Module, flattens: bool = False) -> TypeGuard[nn.Linear]:
-        """Whether something is gained; where it flattens, of images with their channels last."""
+    def suits(linear: nn.Module) -> TypeGuard[nn.Linear]:
         return (
             type(linear) is nn.Linear
-            and (flattens or _by_onednn(linear.weight))
             and linear.weight.numel() <= MOST
             and linear.weight.device.type == "cpu"
             and linear.weight.dtype == torch.float32
@@ -50,12 +50,13 @@ class FrozenLinear(nn.Module):
 
     @property
     def by_onednn(self) -> bool:
-        return self.packed.transposed is not None
+        return self.packed.by_onednn
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.flattens:
-            rows = self.packed(x.reshape(-1, x.shape[-1]))
-            return rows if x.ndim == 2 else rows.view(*x.shape[:-1], len(self.weight))
+            if x.ndim == 2:
+                return self.packed(x)
+            return self.packed(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], len(self.weight))
         if x.ndim != 4 or x.is_contiguous():
             return self.packed(x.flatten(1))
         image = x.shape[1:]
@@ -65,25 +66,26 @@ class FrozenLinear(nn.Module):
         return self.in_order[image](x.permute(0, 2, 3, 1).flatten(1))
 
 
-def _by_onednn(weight: Tensor) -> bool:
-    """Whether its product is the faster one."""
-    return weight.numel() >= (2**16 if lanes() == 16 else 2**22)
-
-
 class _Packed(NamedTuple):
     """A layer: of rows (M, K), (M, N)."""
 
     weight: Tensor  # (N, K)
     bias: Tensor | None
-    transposed: Tensor | None  # (K, N), for oneDNN's product; a view would take a thousand times as long
+    transposed: Tensor  # (K, N); for oneDNN's product, to which a view would take a thousand times as long, a copy
+    by_onednn: bool
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None) -> Self:
         weight = weight.contiguous()
-        return cls(weight, bias, weight.t().contiguous() if _by_onednn(weight) else None)
+        by_onednn = weight.numel() >= (2**16 if lanes() == 16 else 2**22)  # whether that is the faster one
+        return cls(weight, bias, weight.t().contiguous() if by_onednn else weight.t(), by_onednn)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return F.linear(rows, self.weight, self.bias) if self.transposed is None else _Product.apply(rows, self)
+        if not self.by_onednn and len(rows) >= FEWEST:
+            return F.linear(rows, self.weight, self.bias)
+        if rows.requires_grad:
+            return _Product.apply(rows, self)
+        return _product(rows, self.weight, self.bias, self.by_onednn)
 
 
 class _Product(torch.autograd.Function):
@@ -91,15 +93,22 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: _Packed) -> Tensor:
-        ctx.transposed = packed.transposed
-        return _product(x, packed.weight, packed.bias)
+        ctx.packed = packed
+        return _product(x, packed.weight, packed.bias, packed.by_onednn)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return _product(g, ctx.transposed, None), None
+        packed = ctx.packed
+        return _product(g, packed.transposed, None, packed.by_onednn), None
 
 
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """rows @ weight.T + bias: (M, K), (N, K), (N,) -> (M, N). No view: autograd lets nobody write to one in place."""
-    return product(rows.contiguous(), weight[None], Epilogue(shift=bias))
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, by_onednn: bool) -> Tensor:
+    """rows @ weight.T + bias: (M, K), (N, K), (N,) -> (M, N), each row the same for every M."""
+    if by_onednn:
+        many = filled(rows.contiguous(), fewest=2)
+        y = product(many, weight[None], Epilogue(shift=bias))
+    else:
+        many = filled(rows)
+        y = F.linear(many, weight, bias)
+    return y if len(many) == len(rows) else y[: len(rows)].clone()  # autograd lets nobody write to a view in place

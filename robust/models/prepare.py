@@ -272,7 +272,7 @@ def _take_flattening(layers: nn.Sequential) -> bool:
     taken = False
     for (at, flatten), (name, linear) in pairwise(list(layers._modules.items())):  # named_children() skips repeats
         whole = type(flatten) is nn.Flatten and (flatten.start_dim, flatten.end_dim) == (1, -1)
-        if whole and FrozenLinear.suits(linear, flattens=True):
+        if whole and FrozenLinear.suits(linear):
             layers.set_submodule(at, nn.Identity())
             layers.set_submodule(name, FrozenLinear(linear, flattens=True))
             taken = True
