@@ -46,10 +46,10 @@ def sketches(n: int, shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.where(kind < 0.75, 0.0, torch.where(kind < 0.875, 1.0, x))
 
 
-def distances(model: nn.Module, name: str, norm: str, x: Tensor, y: Tensor, slots: int = 64) -> Tensor:
+def distances(model: nn.Module, name: str, norm: str, x: Tensor, y: Tensor, steps: int | None = None) -> Tensor:
     """(B,) of what the attack finds; infinite where it finds nothing."""
     found = torch.full((len(x),), torch.inf, dtype=torch.float64)
-    for outcome in engine.run(model, attacks.make(name, norm), tasks(x, y), [1.0], slots=slots, seed=0):
+    for outcome in engine.run(model, attacks.make(name, norm, steps=steps), tasks(x, y), [1.0], slots=64, seed=0):
         if outcome.found:
             found[outcome.position] = NORMS[norm].distance(
                 (outcome.x_adv.double() - x[outcome.position].double())[None]
@@ -280,8 +280,8 @@ def test_company_changes_nothing(name, norm):
     model, x = conv_net(), images(10, seed=5)
     y = model(x).argmax(1)
     # Half of them are done early, so that slots at different steps share the batch.
-    enough = 1.3 * float(distances(model, name, norm, x, y).median())
-    attack = attacks.make(name, norm)
+    enough = 1.3 * float(distances(model, name, norm, x, y, steps=30).median())
+    attack = attacks.make(name, norm, steps=30)
     together, apart = (
         sorted(
             engine.run(model, attack, tasks(x, y), [1.0], slots=slots, seed=0, enough=enough),
