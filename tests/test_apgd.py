@@ -151,17 +151,6 @@ def test_a_loss_that_keeps_rising_keeps_its_step():
     assert float(state.size) == pytest.approx(0.2)
 
 
-def test_slots_at_different_steps_share_a_batch():
-    model, x = conv_net(), images(30)
-    y = labels(model, x)
-    for norm, eps in (("linf", 0.01), ("l2", 0.1), ("l1", 1.0)):
-        attack = attacks.make("apgd-ce", norm, steps=30)
-        together = run(model, attack, x, y, [eps], slots=30)
-        apart = run(model, attack, x, y, [eps], slots=7)
-        assert [(o.rung, o.forwards) for o in together] == [(o.rung, o.forwards) for o in apart]
-        assert {o.rung for o in together} == {0, None}
-
-
 def test_apgd_is_no_weaker_than_pgd_with_as_many_steps():
     model, x = conv_net(), images(60)
     y = labels(model, x)

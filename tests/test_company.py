@@ -1,6 +1,6 @@
-"""What an attack does with a sample does not depend on the samples beside it: the arithmetic of its steps, to the bit.
+"""What an attack does with a sample does not depend on the samples beside it.
 
-Whole runs on real networks are in test_harness.py, what batches and layers do for it in test_engine.py and
+Whole runs on real networks, to the bit, are in test_harness.py; what batches and layers do for it in test_engine.py and
 test_models_prepare.py.
 """
 
@@ -11,8 +11,9 @@ from torch import Tensor
 import attacks
 from attacks import engine
 from attacks.attack import Attack, MinimalState
+from attacks.norms import NORMS
 from attacks.square import SquareState
-from toys import begin, images
+from toys import begin, conv_net, images, tasks
 
 SHAPE = (3, 11, 7)  # no multiple of the values in a register, so that rows begin anywhere in one
 B, STEPS = 29, 300
@@ -39,14 +40,41 @@ def points(attack: Attack, eps: float, rows: slice) -> list[Tensor]:
     return asked
 
 
-@pytest.mark.parametrize(
+EPS = {"linf": [0.02, 0.1], "l2": [0.2, 1.0], "l1": [2.0, 8.0], "l0": [3.0, 9.0]}
+EVERY = pytest.mark.parametrize(
     ("name", "norm"),
     [(name, norm) for name, kind in attacks.ATTACKS.items() if name != "transfer" for norm in kind.norms],
 )
+
+
+@EVERY
 def test_a_step_on_a_sample_is_the_same_in_any_company(name, norm):
+    """To the bit."""
     attack = attacks.make(name, norm, classes=5, steps=STEPS, queries=2000)
-    eps = {"linf": 0.1, "l2": 1.0, "l1": 8.0, "l0": 9.0}[norm]
-    together = points(attack, eps, slice(0, B))
+    together = points(attack, EPS[norm][-1], slice(0, B))
     for rows in (slice(0, 1), slice(3, 10), slice(12, 29)):
-        apart = points(attack, eps, rows)
-        assert all(torch.equal(one, all_[rows]) for one, all_ in zip(apart, together, strict=True))
+        apart = points(attack, EPS[norm][-1], rows)
+        assert all(torch.equal(one, each[rows]) for one, each in zip(apart, together, strict=True))
+
+
+@EVERY
+def test_a_run_is_the_same_whatever_its_slots_and_order(name, norm):
+    """Where some slots are done early, so that those at different steps share the batch; up to rounding."""
+    model, x = conv_net(), images(9, seed=5)
+    y, restarts = model(x).argmax(1), 2 if "restarts" in attacks.takes(name) else None
+    attack = attacks.make(name, norm, classes=5, steps=12, queries=25, restarts=restarts)
+    enough = 0.0
+
+    def outcomes(slots: int, order: int) -> list[attacks.Outcome]:
+        given = tasks(x, y)[::order]
+        done = engine.run(model, attack, given, EPS[norm], slots=slots, seed=0, enough=enough)
+        return sorted(done, key=lambda outcome: outcome.position)
+
+    if attack.budget == "minimal":
+        reached = torch.stack([outcome.x_adv for outcome in outcomes(9, 1)]) - x
+        enough = 1.1 * float(NORMS[norm].distance(reached).median())
+    together = outcomes(9, 1)
+    assert len({outcome.forwards for outcome in together}) > 1 or name == "noise"
+    for one, other in zip(outcomes(4, -1), together, strict=True):
+        assert (one.rung, one.restart, one.forwards) == (other.rung, other.restart, other.forwards)
+        torch.testing.assert_close(one.x_adv, other.x_adv, atol=1e-4, rtol=0)

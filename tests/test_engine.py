@@ -113,22 +113,6 @@ def test_restarts_begin_elsewhere():
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_batch_order_and_slots_change_no_verdict(norm):
-    model, x = conv_net(), images(40)
-    y = model(x).argmax(1)
-    attack = attacks.make("pgd", norm, steps=8, restarts=2)
-    eps = [0.01, 0.04] if norm == "linf" else [0.1, 0.4]
-    reference = run(model, attack, x, y, eps, slots=40)
-    for slots in (1, 7, 16):
-        for got, expected in zip(run(model, attack, x, y, eps, slots=slots), reference, strict=True):
-            assert (got.rung, got.restart, got.forwards) == (expected.rung, expected.restart, expected.forwards)
-            torch.testing.assert_close(got.x_adv, expected.x_adv, atol=1e-5, rtol=0)
-    backwards = list(reversed(tasks(x, y)))
-    shuffled = {o.position: o for o in engine.run(model, attack, backwards, eps, slots=7, seed=0)}
-    assert [shuffled[o.position].rung for o in reference] == [o.rung for o in reference]
-
-
 def test_another_seed_is_another_start():
     x, y = images(4), torch.zeros(4, dtype=int)
     attack = attacks.make("noise", "linf")

@@ -298,21 +298,6 @@ def test_step_goes_to_the_mean_of_both_projections():
 
 
 @pytest.mark.parametrize("norm", NORM_NAMES)
-def test_batch_order_and_slots_change_nothing(norm):
-    model, x = conv_net(), images(8)
-    y = predictions(model, x)
-    attack = FAB(norm=norm, steps=12, n_targets=2)
-    reference = run(model, attack, x, y, slots=8)
-    assert sum(o.found for o in reference) > 5
-    for slots in (1, 3):
-        backwards = list(reversed(tasks(x, y)))
-        got = {o.position: o for o in engine.run(model, attack, backwards, [0.1], slots=slots, seed=0)}
-        for o in reference:
-            assert got[o.position].rung == o.rung and got[o.position].found == o.found
-            torch.testing.assert_close(got[o.position].x_adv, o.x_adv, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("norm", NORM_NAMES)
 def test_targeted_reaches_the_given_class_only(norm):
     model, x = conv_net(), images(9)
     with torch.no_grad():

@@ -1,7 +1,5 @@
 """Square Attack against its paper written out window by window, and against what it can and cannot reach."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -10,10 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from attacks import engine
-from attacks.attack import cat
 from attacks.losses import margin
 from attacks.norms import NORMS, project_l1_box
-from attacks.square import Square, SquareState, _shrinkage
+from attacks.square import Square, _shrinkage
 from toys import Linear, begin, conv_net, images, tasks
 
 LINF_L2_L1 = pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
@@ -290,40 +287,6 @@ def test_what_is_kept_never_loses_and_is_what_was_asked_about(norm):
     assert 30 < kept < 600
 
 
-@pytest.mark.long
-@LINF_L2_L1
-def test_batch_order_and_slots_change_nothing(norm):
-    model, x = conv_net(), images(12)
-    y, attack = model(x).argmax(1), Square(norm=norm, queries=30, restarts=2)
-    eps = {"linf": [0.05, 0.1], "l2": [1.0, 3.0], "l1": [4.0, 8.0]}[norm]
-    reference = run(model, attack, x, y, eps, slots=12)
-    assert len({o.rung for o in reference}) == 3
-    for slots, order in ((1, 1), (5, 1), (7, -1)):
-        given = tasks(x, y)[::order]
-        outcomes = sorted(engine.run(model, attack, given, eps, slots=slots, seed=0), key=lambda o: o.position)
-        for got, expected in zip(outcomes, reference, strict=True):
-            assert (got.rung, got.restart, got.forwards) == (expected.rung, expected.restart, expected.forwards)
-            torch.testing.assert_close(got.x_adv, expected.x_adv, atol=1e-5, rtol=0)
-
-
-@LINF_L2_L1
-def test_a_step_on_slots_at_different_steps_is_a_step_on_each(norm):
-    attack, y = Square(norm=norm, queries=600), torch.zeros(3, dtype=torch.long)
-    groups = []
-    for k, asked in enumerate((1, 30, 599)):
-        state = begin(attack, images(3, seed=k), y, 0.1 if norm == "linf" else 1.0)
-        state.asked += asked
-        groups.append((state, random_logits(3, k)))
-    alone = [attack.step(copy(state), logits, None) for state, logits in groups]
-    together = groups[0][0]
-    for state, _ in groups[1:]:
-        together = cat(together, state)
-    together = attack.step(together, torch.cat([logits for _, logits in groups]), None)
-    for field in dataclasses.fields(SquareState):
-        expected = torch.cat([getattr(state, field.name) for state in alone])
-        torch.testing.assert_close(getattr(together, field.name), expected, atol=1e-6, rtol=0)
-
-
 @LINF_L2_L1
 def test_images_in_any_memory_layout_give_the_same_points(norm):
     model, x = conv_net(), images(6, (3, 12, 12))
@@ -430,10 +393,6 @@ class Right(nn.Module):
 
 def random_logits(n: int, seed: int) -> Tensor:
     return torch.randn(n, 4, generator=torch.Generator().manual_seed(seed))
-
-
-def copy(state: SquareState) -> SquareState:
-    return state[torch.arange(len(state.x))]
 
 
 def run(model, attack, x, y, eps, slots=64, seed=0):
