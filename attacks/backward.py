@@ -90,7 +90,7 @@ def filled(rows: Tensor, fewest: int = FEWEST) -> Tensor:
     others there are. FEWEST is MKL's.
     """
     extra = fewest - len(rows) if rows.device.type == "cpu" else 0
-    return F.pad(rows, (0, 0, 0, extra)) if extra > 0 else rows
+    return torch.constant_pad_nd(rows, (0, 0, 0, extra)) if extra > 0 else rows
 
 
 def _rule(node: Any) -> Rule:
