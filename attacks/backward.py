@@ -83,13 +83,13 @@ def readers(output: Tensor) -> Counter[Any]:
     return counts
 
 
-def filled(rows: Tensor, fewest: int = FEWEST) -> Tensor:
-    """(R, K), on a CPU with zeros behind it up to `fewest` rows.
+def filled(rows: Tensor) -> Tensor:
+    """(R, K), on a CPU with zeros behind it up to FEWEST rows.
 
-    Of fewer rows, a library adds up the products in another order, and what a row comes to would depend on how many
-    others there are. FEWEST is MKL's.
+    Of fewer rows, MKL adds up the products in another order, and what a row comes to would depend on how many others
+    there are.
     """
-    extra = fewest - len(rows) if rows.device.type == "cpu" else 0
+    extra = FEWEST - len(rows) if rows.device.type == "cpu" else 0
     return torch.constant_pad_nd(rows, (0, 0, 0, extra)) if extra > 0 else rows
 
 

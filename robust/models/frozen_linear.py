@@ -1,9 +1,8 @@
-"""Linear layers on a CPU: of each row the same to the bit in whatever company, images read as they lie in memory, and
-oneDNN's product where it is the faster one.
+"""Linear layers on a CPU that read images as they lie in memory. What they make of a row does not depend on how many
+others there are; of large layers, which go to oneDNN's product, the faster one there, only up to rounding.
 
 torch.nn.functional.linear calls MKL, which is slow at large layers, and with AVX-512 leaves half of the registers of
-some CPUs idle; oneDNN uses the widest that there are, whoever made them. For smaller layers, calling it takes longer
-than the sums.
+some CPUs idle; oneDNN uses the widest that there are, whoever made them.
 """
 
 from typing import Any, NamedTuple, Self, TypeGuard
@@ -17,6 +16,7 @@ from robust.conv.algorithm import Epilogue
 from robust.conv.product import product
 from robust.models.cpu import lanes
 
+LARGE = {8: 2**22, 16: 2**19}  # values in a register -> weights from which oneDNN is the faster one
 MOST = 2**24  # weights; of larger layers no second copy is kept
 
 
@@ -76,7 +76,7 @@ class _Packed(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None) -> Self:
         weight = weight.contiguous()
-        by_onednn = weight.numel() >= (2**16 if lanes() == 16 else 2**22)  # whether that is the faster one
+        by_onednn = weight.numel() >= LARGE[lanes()]
         return cls(weight, bias, weight.t().contiguous() if by_onednn else weight.t(), by_onednn)
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -104,11 +104,8 @@ class _Product(torch.autograd.Function):
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, by_onednn: bool) -> Tensor:
-    """rows @ weight.T + bias: (M, K), (N, K), (N,) -> (M, N), each row the same for every M."""
+    """rows @ weight.T + bias: (M, K), (N, K), (N,) -> (M, N)."""
     if by_onednn:
-        many = filled(rows.contiguous(), fewest=2)
-        y = product(many, weight[None], Epilogue(shift=bias))
-    else:
-        many = filled(rows)
-        y = F.linear(many, weight, bias)
-    return y if len(many) == len(rows) else y.narrow_copy(0, 0, len(rows))  # no view, which nobody may write to
+        return product(rows.contiguous(), weight[None], Epilogue(shift=bias))
+    y = F.linear(filled(rows), weight, bias)
+    return y if len(y) == len(rows) else y.narrow_copy(0, 0, len(rows))  # no view, which nobody may write to
