@@ -285,6 +285,11 @@ def _keep_nearest(attack: Attack, state: MinimalState) -> None:
         state.best_distance = torch.where(nearer, distance, state.best_distance)
 
 
+def even(slots: int, pixels: int) -> int:
+    """`slots`, or one fewer, where `padded` would make one more of them, for images of so many values."""
+    return slots - slots % 2 if slots > 1 and pixels <= SMALL else slots
+
+
 def padded(x: Tensor, slots: int, like: Tensor | None = None, fewest: int = 2) -> Tensor:
     """x (n, ...) with copies of its rows behind it, up to one of a few sizes, at most `slots`; if they are small
     images, or stand for such as `like` (n, C, H, W), up to an even one, of at least `fewest`.

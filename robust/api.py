@@ -120,8 +120,7 @@ def run(
     surrogate: the network that attack "transfer" crafts on; a module, or a spec.
     restarts: runs from different random starts, on the samples still standing; what is not random runs once.
     target: a class name or index to reach, instead of any wrong class; its own samples are left out.
-    batch_size: rows evaluated at once, at most; of images of up to 8,192 values, if it is not 1, an even number and
-        twelve by the model itself, for what is found to be the same whatever it is.
+    batch_size: rows evaluated at once, at most; of images of up to 8,192 values, an even number, if it is not 1.
     limit: with a data spec, a class-balanced subset of that many images drawn from `seed`.
     seed: of every random number, 0 .. 2^64 - 1.
     device: such as "cuda"; None for where the model is.

@@ -345,7 +345,7 @@ class _Job:
         doubtful = [v for v in verified if not v.outcome.found or v.outcome.rung != 0]
         if self.twin is self.model.module or not doubtful:
             return ""
-        x_adv, rows = torch.stack([v.x_adv for v in doubtful]), self.options.batch_size
+        x_adv, rows = torch.stack([v.x_adv for v in doubtful]), self.judge.rows
         with torch.no_grad():
             said = [self.twin(padded(part, rows))[: len(part)].clone() for part in x_adv.split(rows)]
         off = apart(torch.stack([v.logits for v in doubtful]), torch.cat(said))
@@ -365,7 +365,7 @@ class _Job:
         for outcome in attacks.run(
             Watched(f"model {self.model.name}", module, self.by_rows and module is self.twin),
             attack, tasks, self.options.eps,
-            slots=self.options.batch_size, seed=self.options.seed, draws=self.options.draws,
+            slots=self.judge.rows, seed=self.options.seed, draws=self.options.draws,
         ):  # fmt: skip
             outcomes[outcome.position] = outcome
             if listener is not None:

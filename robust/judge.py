@@ -15,7 +15,7 @@ from torch import Tensor
 
 import attacks
 from attacks.backward import FEWEST
-from attacks.engine import padded, vote
+from attacks.engine import even, padded, vote
 from attacks.norms import NORMS, per_slot
 from robust.errors import InputError
 from robust.models.asking import logits_of, readable_failure
@@ -75,6 +75,11 @@ class Judge:
     steady: bool  # whether the model says the same each time
     memory_format: torch.memory_format  # in which it is given the images
 
+    @property
+    def rows(self) -> int:
+        """How many images are evaluated at once, at most."""
+        return even(self.options.batch_size, self.pixels)
+
     def fools(self, pred: Tensor, y: Tensor) -> Tensor:
         """(N,) bool: where predictions are what an attack wants; y (N,) are labels, or the target if there is one."""
         return pred != y if self.target is None else pred == y
@@ -89,16 +94,17 @@ class Judge:
 
     def _ask(self, x: Tensor) -> Tensor:
         """(N, K) logits, once."""
-        rows = self.options.batch_size
-        parts = x.contiguous(memory_format=self.memory_format).split(rows)
-        batches = [padded(part, rows, fewest=FEWEST) for part in parts]
+        module, rows = self.model.module, self.rows
         with readable_failure(
             f"model {self.model.name}",
-            f"on batches of up to {max(rows, *map(len, batches))} images",
+            f"on batches of up to {rows} images",
             "mend that and go on, or begin anew with a batch_size that it takes",
         ):
-            said = [logits_of(self.model.module, batch, self.model.num_classes) for batch in batches]
-        return torch.cat([logits[: len(part)] for logits, part in zip(said, parts, strict=True)])
+            parts = [
+                logits_of(module, padded(part, rows, fewest=min(FEWEST, rows)), self.model.num_classes)[: len(part)]
+                for part in x.contiguous(memory_format=self.memory_format).split(rows)
+            ]
+        return torch.cat(parts)
 
     def verify(
         self, attack: attacks.AnyAttack, claims: Sequence[attacks.Outcome], tasks: Mapping[int, attacks.Task]

@@ -425,14 +425,14 @@ class Squeezes(nn.Module):
 
 
 class Small(nn.Module):
-    """Takes sixteen images at most; more are too many for it or, with `memory`, for its device."""
+    """Takes eight images at most; more are too many for it or, with `memory`, for its device."""
 
     def __init__(self, memory: bool):
         super().__init__()
         self.net, self.memory = conv_net(), memory
 
     def forward(self, x):
-        if len(x) > 16:
+        if len(x) > 8:
             raise torch.OutOfMemoryError("out of memory") if self.memory else ValueError("too many")
         return self.net(x)
 

@@ -40,7 +40,8 @@ def points(attack: Attack, eps: float, rows: slice) -> list[Tensor]:
     return asked
 
 
-EPS = {"linf": [0.02, 0.1], "l2": [0.2, 1.0], "l1": [2.0, 8.0], "l0": [3.0, 9.0]}
+# Within the first about a third of the images of a run can be broken, within the second two thirds.
+EPS = {"linf": [0.02, 0.045], "l2": [0.28, 0.65], "l1": [1.55, 4.4], "l0": [2.0, 6.0]}
 EVERY = pytest.mark.parametrize(
     ("name", "norm"),
     [(name, norm) for name, kind in attacks.ATTACKS.items() if name != "transfer" for norm in kind.norms],
@@ -59,22 +60,27 @@ def test_a_step_on_a_sample_is_the_same_in_any_company(name, norm):
 
 @EVERY
 def test_a_run_is_the_same_whatever_its_slots_and_order(name, norm):
-    """Where some slots are done early, so that those at different steps share the batch; up to rounding."""
+    """Where some slots are done early, so that those at different steps share the batch; up to rounding, which a search
+    for the least distance, FAB too, makes more of.
+    """
     model, x = conv_net(), images(9, seed=5)
     y, restarts = model(x).argmax(1), 2 if "restarts" in attacks.takes(name) else None
     attack = attacks.make(name, norm, classes=5, steps=12, queries=25, restarts=restarts)
-    enough = 0.0
+    eps, enough = [radius * (3 if name == "square" else 1) for radius in EPS[norm]], 0.0
 
     def outcomes(slots: int, order: int) -> list[attacks.Outcome]:
         given = tasks(x, y)[::order]
-        done = engine.run(model, attack, given, EPS[norm], slots=slots, seed=0, enough=enough)
+        done = engine.run(model, attack, given, eps, slots=slots, seed=0, enough=enough)
         return sorted(done, key=lambda outcome: outcome.position)
 
     if attack.budget == "minimal":
         reached = torch.stack([outcome.x_adv for outcome in outcomes(9, 1)]) - x
         enough = 1.1 * float(NORMS[norm].distance(reached).median())
     together = outcomes(9, 1)
-    assert len({outcome.forwards for outcome in together}) > 1 or name == "noise"
-    for one, other in zip(outcomes(4, -1), together, strict=True):
-        assert (one.rung, one.restart, one.forwards) == (other.rung, other.restart, other.forwards)
-        torch.testing.assert_close(one.x_adv, other.x_adv, atol=1e-4, rtol=0)
+    # Some fall, early and late, and some stand; noise breaks hardly anything.
+    assert len({(outcome.rung, outcome.forwards) for outcome in together}) > 2 or name == "noise"
+    for slots, order in ((4, -1), (1, 1)):
+        for one, other in zip(outcomes(slots, order), together, strict=True):
+            assert (one.rung, one.restart, one.forwards) == (other.rung, other.restart, other.forwards)
+            within = 1e-4 if attack.budget == "minimal" else 1e-5
+            torch.testing.assert_close(one.x_adv, other.x_adv, atol=within, rtol=0)

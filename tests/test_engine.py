@@ -193,6 +193,8 @@ def test_batches_come_in_few_sizes_of_small_images_in_even_ones(side, small, lay
             assert batch.is_contiguous(memory_format=layout)
             assert n <= len(batch) <= (slots + 1 if small and slots > 1 else slots)
             assert len(batch) % 2 == 0 or not small or slots == 1
+            rows = engine.even(slots, x[0].numel())
+            assert slots - 1 <= rows <= slots and len(engine.padded(x[: min(n, rows)], rows)) <= rows
     assert {len(engine.padded(x[:n], 70)) for n in range(8, 65)} == {
         8,
         10,

@@ -18,7 +18,7 @@ from robust import harness
 from robust.errors import InputError
 from robust.models.prepare import fast_twin
 from robust.store import SAMPLE_COLUMNS
-from toys import Linear, conv_net, images, verdicts
+from toys import Linear, conv_net, images, tasks, verdicts
 
 
 def test_clean_errors_count_as_not_robust_and_are_not_attacked(model, data):
@@ -328,9 +328,35 @@ def test_batch_size_changes_nothing_on_real_networks(shared, factory):
     ],
 )
 def test_company_changes_nothing_on_real_networks(shared, factory, norm, eps, names):
-    """Of no attack, and not one bit: seven or two at a time, and so in another order."""
+    """Of what no attack finds, and not one bit: seven or two slots, and so another order."""
+    model, (x, y) = network(shared, factory).module.eval(), first_images(shared, factory)
+    twin, _, by_rows = fast_twin(model, x[:8])
+    twin.by_rows = by_rows
+    given = tasks(x[::40], y[::40])
+    for name in names:
+        attack = attacks.make(name, norm, classes=10, steps=12, queries=60)
+        seven, two = (
+            {o.position: o for o in attacks.run(twin, attack, given, eps, slots=slots, seed=0)} for slots in (7, 2)
+        )
+        assert len({o.rung for o in two.values()}) > 1 or name == "noise"
+        for k, o in two.items():
+            assert torch.equal(o.x_adv, seven[k].x_adv)
+            assert (o.rung, o.restart, o.forwards) == (seven[k].rung, seven[k].restart, seven[k].forwards)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("factory", "norm", "eps"),
+    [
+        ("mnist_robust_03", "linf", [0.2, 0.4]),
+        ("cifar10_robust_8px", "l0", [9, 40]),
+        ("cifar10_resnet20", "l2", [0.02, 0.2]),
+    ],
+)
+def test_batch_size_changes_no_nearest_adversarial_of_real_networks(shared, factory, norm, eps):
+    """Nor what the model itself says of it, if it is given twelve at once or more."""
     model, (x, y) = network(shared, factory), first_images(shared, factory)
-    options = {"attacks": names, "norm": norm, "eps": eps, "steps": 12, "queries": 60 if "square" in names else None}
-    seven, two = (robust.run(model, (x[::50], y[::50]), **options, batch_size=b).samples for b in (7, 2))
-    assert seven.robust.any() and seven.success.any()
-    assert_frame_equal(seven, two, check_exact=True)
+    options = {"attacks": ["fmn", "sigma-zero"] if norm == "l0" else ["fmn"], "norm": norm, "eps": eps, "steps": 20}
+    small, large = (robust.run(model, (x[::20], y[::20]), **options, batch_size=b).samples for b in (13, 64))
+    assert small.success.any()
+    assert_frame_equal(small, large, check_exact=True)
