@@ -441,6 +441,12 @@ def test_a_frozen_linear_layer_is_the_layer(shape, bias, capability):
         torch.testing.assert_close(gradient, weights @ linear.weight.detach(), atol=1e-5, rtol=1e-5)
 
 
+def test_a_frozen_linear_layer_is_differentiable_once(capability):
+    query, slopes = torch.rand(5, 300, requires_grad=True), torch.rand(5, 250, requires_grad=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(FrozenLinear(nn.Linear(300, 250))(query), query, slopes, create_graph=True)
+
+
 @pytest.mark.parametrize("shape", [(5, 3, 10, 10), (5, 12, 5, 5), (5, 300, 1, 1), (1, 300), (0, 3, 10, 10)])
 @pytest.mark.parametrize("permuted", [True, False])
 def test_a_frozen_linear_layer_that_flattens_reads_images_however_they_lie(shape, permuted, capability):
