@@ -71,6 +71,7 @@ class Attack(ABC):
     needs_grad: ClassVar[bool] = True
     least_classes: ClassVar[int] = 2
     targetable: ClassVar[bool] = True
+    foresees: ClassVar[bool] = False  # knows its next points, as long as it is told nothing new; see `ahead`
 
     @classmethod
     def kind(cls) -> str:
@@ -146,6 +147,16 @@ class Attack(ABC):
         May overwrite the state and the gradient, which is None where no slot wants it.
         """
         raise TypeError(f"{self.name} asks about one point only")
+
+    def ahead(self, state: Any, n: int) -> dict[str, Tensor]:
+        """What changes of the state over the next n points, the present one first, if none before it tells anything:
+        its fields as (B, n, ...), `query` among them.
+        """
+        raise TypeError(f"{self.name} does not know its next points")
+
+    def tells(self, state: Any, ahead: dict[str, Tensor], logits: Tensor) -> Tensor:
+        """(B, n) bool: which of the points ahead tell anything, the model saying logits (B, n, K), or are the last."""
+        raise TypeError(f"{self.name} does not know its next points")
 
     def fools(self, pred: Tensor, state: State) -> Tensor:
         """(B,) bool: whether these predicted classes (B,) are what the attack is after."""

@@ -5,6 +5,10 @@ whose query fools the model retires at once; one that runs out of queries begins
 the last, climbs to the next eps; freed slots are refilled from the queue. An adversarial found at a small eps
 lies inside every larger ball too, so a sample climbs only until it breaks, and a whole accuracy-against-eps curve
 is one run. An attack that looks for the least distance does not climb: it answers for every eps at once.
+
+When the queue is empty and another row costs little, free slots take what the samples left may need later: their next
+runs, ahead of their turn, and the next points of a search that knows them unless it is told something new. What is
+found and counted is what would have been, one after the other; what was evaluated in vain counts for nobody.
 """
 
 import math
@@ -13,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +29,7 @@ from attacks.norms import inside, per_slot
 
 STEADY = 16  # evaluations of equally many rows, after which kernels of their own pay and they are no longer padded
 SMALL = 2**13  # values of an image, up to which another one beside it costs little
+FORESIGHT = 16  # points of a slot that are asked about at once, at most
 FEW = 7 / 8  # of a batch's rows, up to which it pays to go back with these alone
 
 
@@ -52,7 +58,8 @@ def run(
     minimal = attack.budget == "minimal"
     queue = _climbs(model, attack, tasks, eps, slots, draws)
     filled: _Slots | None = None
-    starting = list(islice(queue, slots))
+    starting = _refill(queue, [], slots, ahead=draws == 1)
+    foresight = 2 if attack.foresees else 1  # how many points of each slot to ask about at once
     before, steady = 0, 0  # rows of the last evaluation, and for how many they have been as many
 
     while filled or starting:
@@ -64,10 +71,12 @@ def run(
         before, steady = len(asking), steady + 1 if len(asking) == before else 0
         room = slots if steady < STEADY else max(len(asking), min(slots, 2))
 
-        state.asked += 1
-        last = attack.last(state)
-        wants_grad = attack.needs_grad and bool((attack.wants_grad(state) & ~last).any())
-        logits, state.fooled, doubt, gradient = _evaluate(model, attack, state, wants_grad, room, draws)
+        asked, state.asked = state.asked, state.asked + 1
+        wants_grad = attack.needs_grad and bool((attack.wants_grad(state) & ~attack.last(state)).any())
+        ahead = min(slots // len(asking), foresight, attack.queries) if cheap(state.x[0]) else 1
+        logits, state.fooled, doubt, gradient = _evaluate(model, attack, state, wants_grad, room, draws, ahead)
+        if ahead > 1:  # next time half as far again as it got
+            foresight = min(FORESIGHT, 1 + int(1.5 * float((state.asked - asked).float().mean())))
         if isinstance(state, MinimalState):
             _keep_nearest(attack, state)
             done = state.best_distance <= enough
@@ -78,26 +87,33 @@ def run(
             if draws > 1:
                 likely = done & (doubt > 0)
                 for row in likely.nonzero().squeeze(1).tolist():
-                    asking.climbs[row].keep(state.query[row], float(doubt[row]))
+                    asking.runs[row].climb.keep(state.query[row], float(doubt[row]))
                 done = done & ~likely
 
-        starting = []
-        ended, kept, gone = done | last, None, None
+        starting, outcomes, kept = [], [], None
+        ended = done | attack.last(state)
         if bool(ended.any()):
-            over, kept = (rows.nonzero().squeeze(1) for rows in (ended, ~ended))
-            gone, broken = asking[over], done[over]
+            over = ended.nonzero().squeeze(1)
+            gone = asking[over]
+            for run, end in zip(gone.runs, _ends(gone.state, done[over]), strict=True):
+                run.climb.ended[run.number] = end
+            for climb in dict.fromkeys(run.climb for run in gone.runs):
+                climb.settle(minimal, draws)
+                if climb.over:
+                    outcomes.append(climb.outcome(eps, minimal))
+                elif climb.begun == climb.number:
+                    starting.append(climb.begin())
+            ended |= asking.vain()
+            kept = (~ended).nonzero().squeeze(1)
             asking, logits = asking[kept], logits[kept]
+            if waiting:
+                waiting = waiting[(~waiting.vain()).nonzero().squeeze(1)]
         grad = gradient(asking.state, kept) if asking and wants_grad else None
         del gradient  # and the graph, before the model makes another one
-        if gone:
-            for climb, fell, left in zip(gone.climbs, broken.tolist(), _left(gone.state, broken), strict=True):
-                climb.end(*left, draws)
-                if fell or (climb.found and not minimal) or not climb.advance():
-                    yield climb.outcome(eps, minimal)
-                else:
-                    starting.append(climb)
-            free = slots - len(asking) - len(waiting or ()) - len(starting)
-            starting += islice(queue, free)
+        yield from outcomes
+        if kept is not None:
+            going = [*asking.runs, *(waiting.runs if waiting else ()), *starting]
+            starting += _refill(queue, going, slots - len(going), ahead=draws == 1)
         if asking:
             if wants_grad:
                 asking.state.graded += 1
@@ -107,22 +123,26 @@ def run(
 
 @dataclass
 class _Slots:
-    """What is in the batch: row b of the state belongs to climbs[b]."""
+    """What is in the batch: row b of the state belongs to runs[b]."""
 
-    climbs: list["_Climb"]
+    runs: list["_Run"]
     state: State
 
     def __len__(self) -> int:
-        return len(self.climbs)
+        return len(self.runs)
 
     def __getitem__(self, rows: Tensor) -> "_Slots":
-        return _Slots([self.climbs[row] for row in rows.tolist()], self.state[rows])
+        return _Slots([self.runs[row] for row in rows.tolist()], self.state[rows])
+
+    def vain(self) -> Tensor:
+        """(B,) bool: of which the climb does without."""
+        return torch.tensor([run.number > run.climb.stop for run in self.runs], device=self.state.x.device)
 
 
 def _join(first: _Slots | None, second: _Slots) -> _Slots:
     if not first:
         return second
-    return _Slots(first.climbs + second.climbs, cat(first.state, second.state)) if second else first
+    return _Slots(first.runs + second.runs, cat(first.state, second.state)) if second else first
 
 
 def _split(filled: _Slots, attack: Attack) -> tuple[_Slots, _Slots | None]:
@@ -139,7 +159,7 @@ def _split(filled: _Slots, attack: Attack) -> tuple[_Slots, _Slots | None]:
     return filled[now], filled[later]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Climb:
     """One sample's way through the runs of an attack, and up the eps ladder."""
 
@@ -149,7 +169,10 @@ class _Climb:
     forwards: list[int]
     gradients: list[int]
     rung: int = 0
-    run: int = 0
+    number: int = 0  # of the run whose turn it is
+    begun: int = 0  # how many runs of this rung have been begun
+    ended: dict[int, "_End"] = field(default_factory=dict, repr=False)  # runs that ended before their turn
+    over: bool = False
     point: Tensor | None = field(default=None, repr=False)  # what it has to show: the nearest, else the last
     distance: float = math.inf  # of a fixed budget, where all points are as near: the share of draws not fooled
     found_in: int | None = None
@@ -158,27 +181,47 @@ class _Climb:
     def found(self) -> bool:
         return self.found_in is not None
 
+    @property
+    def stop(self) -> float:
+        """The number of the last run that counts."""
+        if self.over:
+            return -1
+        return min((number for number, end in self.ended.items() if end.fell), default=math.inf)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether a run of this rung has not been begun that may count."""
+        return self.begun < len(self.targets) and self.begun <= self.stop
+
+    def begin(self) -> "_Run":
+        self.begun += 1
+        return _Run(self, self.begun - 1)
+
     def keep(self, point: Tensor, distance: float) -> None:
         """Take an adversarial point that is not the last of its run."""
         if distance < self.distance:
-            self.point, self.distance, self.found_in = point.clone(), distance, self.run
+            self.point, self.distance, self.found_in = point.clone(), distance, self.number
 
-    def end(self, asked: int, graded: int, point: Tensor, distance: float, draws: int) -> None:
-        """Take what one run leaves: its point, adversarial where its distance is finite."""
-        self.forwards[self.rung] += asked * draws
-        self.gradients[self.rung] += graded * draws
-        if distance < self.distance:
-            self.point, self.distance, self.found_in = point, distance, self.run
-        elif not self.found:
-            self.point = point
+    def settle(self, minimal: bool, draws: int) -> None:
+        """Take what runs have left, each in its turn, up to the first that has not ended or settles it."""
+        while end := self.ended.pop(self.number, None):
+            self.forwards[self.rung] += end.asked * draws
+            self.gradients[self.rung] += end.graded * draws
+            if end.distance < self.distance:
+                self.point, self.distance, self.found_in = end.point, end.distance, self.number
+            elif not self.found:
+                self.point = end.point
+            if end.fell or (self.found and not minimal) or not self._advance():
+                self.over = True
+                return
 
-    def advance(self) -> bool:
+    def _advance(self) -> bool:
         """On to the next run, or the next rung; False at the top."""
-        self.run += 1
-        if self.run == len(self.targets):
+        self.number += 1
+        if self.number == len(self.targets):
             if self.rung + 1 == self.rungs:
                 return False
-            self.rung, self.run = self.rung + 1, 0
+            self.rung, self.number, self.begun = self.rung + 1, 0, 0
         return True
 
     def outcome(self, eps: Sequence[float], minimal: bool) -> Outcome:
@@ -200,17 +243,42 @@ class _Climb:
         )
 
 
-def _left(state: State, done: Tensor) -> Iterator[tuple[int, int, Tensor, float]]:
-    """Of runs that have ended: points asked about, gradients given, the point to show, and its distance,
-    infinite where none was found.
+class _Run(NamedTuple):
+    """A run of one rung of a climb, from 0."""
 
-    Those of a fixed budget are all as good as one another.
-    """
+    climb: _Climb
+    number: int
+
+
+class _End(NamedTuple):
+    """What a run leaves."""
+
+    asked: int  # points asked about
+    graded: int  # gradients given
+    point: Tensor  # to show
+    distance: float  # of the point; infinite where none was found
+    fell: bool  # whether no other run is needed
+
+
+def _ends(state: State, done: Tensor) -> Iterator[_End]:
+    """Of runs that have ended. Those of a fixed budget that found something are all as good as one another."""
     point, distance = state.query, torch.where(done, 0.0, torch.inf)
     if isinstance(state, MinimalState):
         distance = state.best_distance
         point = torch.where(per_slot(distance.isfinite(), state.x), state.best, state.query)
-    return zip(state.asked.tolist(), state.graded.tolist(), point, distance.tolist(), strict=True)
+    return map(_End, state.asked.tolist(), state.graded.tolist(), point, distance.tolist(), done.tolist())
+
+
+def _refill(queue: Iterator[_Climb], going: Sequence[_Run], free: int, ahead: bool) -> list[_Run]:
+    """Runs for slots that are free, beside those that are going on: of new samples and, when there are no more, further
+    ones of the same samples ahead of their turn, if `ahead` and another row of their size costs little.
+    """
+    new = [climb.begin() for climb in islice(queue, free)]
+    climbs = list(dict.fromkeys(run.climb for run in [*going, *new]))
+    if ahead and climbs and cheap(climbs[0].task.x):
+        while len(new) < free and (climbs := [climb for climb in climbs if climb.has_more]):
+            new += [climb.begin() for climb in climbs[: free - len(new)]]
+    return new
 
 
 def _climbs(
@@ -242,30 +310,30 @@ def _climbs(
             yield climb
 
 
-def _begin(attack: Attack, climbs: list[_Climb], eps: Sequence[float], seed: int) -> _Slots:
-    x = torch.stack([climb.task.x for climb in climbs])
+def _begin(attack: Attack, runs: list[_Run], eps: Sequence[float], seed: int) -> _Slots:
+    x = torch.stack([run.climb.task.x for run in runs])
 
     def column(values: list) -> Tensor:
         return torch.tensor(values, device=x.device)
 
     known = {
         "x": x,
-        "y": column([climb.task.y for climb in climbs]),
-        "target": column([climb.targets[climb.run] for climb in climbs]),
+        "y": column([run.climb.task.y for run in runs]),
+        "target": column([run.climb.targets[run.number] for run in runs]),
         # To an attack on the least distance eps is only a scale, and must not depend on the smaller ones asked for.
-        "eps": column([eps[-1 if attack.budget == "minimal" else climb.rung] for climb in climbs]).to(x),
+        "eps": column([eps[-1 if attack.budget == "minimal" else run.climb.rung] for run in runs]).to(x),
         "query": x.clone(),
-        "asked": torch.zeros(len(climbs), dtype=torch.long, device=x.device),
-        "graded": torch.zeros(len(climbs), dtype=torch.long, device=x.device),
-        "fooled": torch.zeros(len(climbs), dtype=torch.bool, device=x.device),
+        "asked": torch.zeros(len(runs), dtype=torch.long, device=x.device),
+        "graded": torch.zeros(len(runs), dtype=torch.long, device=x.device),
+        "fooled": torch.zeros(len(runs), dtype=torch.bool, device=x.device),
     }
     # No noise on the rung: what breaks a sample must not depend on which other eps were asked for.
-    keys, runs = [climb.task.key for climb in climbs], [climb.run for climb in climbs]
-    noise = Noise(seed, keys, runs, tuple(x.shape[1:]), x.device, x.dtype)
+    keys, numbers = [run.climb.task.key for run in runs], [run.number for run in runs]
+    noise = Noise(seed, keys, numbers, tuple(x.shape[1:]), x.device, x.dtype)
     if attack.budget == "minimal":
         nothing = {"best": x, "best_distance": torch.full((len(x),), torch.inf, device=x.device)}
-        return _Slots(climbs, attack.init(MinimalState(**known, **nothing), noise))
-    return _Slots(climbs, attack.init(State(**known), noise))
+        return _Slots(runs, attack.init(MinimalState(**known, **nothing), noise))
+    return _Slots(runs, attack.init(State(**known), noise))
 
 
 def _moved(state: State) -> Tensor:
@@ -283,6 +351,11 @@ def _keep_nearest(attack: Attack, state: MinimalState) -> None:
     if bool(nearer.any()):
         state.best = torch.where(per_slot(nearer, state.x), state.query, state.best)
         state.best_distance = torch.where(nearer, distance, state.best_distance)
+
+
+def cheap(x: Tensor) -> bool:
+    """Whether a row (C, H, W) more in a batch of few costs little: of small images, or on a GPU."""
+    return x.device.type != "cpu" or x.numel() <= SMALL
 
 
 def even(slots: int, pixels: int) -> int:
@@ -324,18 +397,29 @@ Gradient = Callable[[State, Tensor | None], Tensor]
 
 
 def _evaluate(
-    model: Callable[[Tensor], Tensor], attack: Attack, state: State, wants_grad: bool, slots: int, draws: int
+    model: Callable[[Tensor], Tensor],
+    attack: Attack,
+    state: State,
+    wants_grad: bool,
+    slots: int,
+    draws: int,
+    ahead: int,
 ) -> tuple[Tensor, Tensor, Tensor, Gradient]:
     """At the queries: logits (B, K) in the images' precision, who is fooled (B,), the share of draws that are not (B,),
     for attacks within a fixed eps, and what gives the gradient, if it is wanted.
+
+    ahead: of so many points of each slot, if they are drawn once, those that `_ask_ahead` chooses become the queries.
     """
     if draws == 1:
-        logits, gradient = _ask(model, attack, state, wants_grad, slots)
+        if ahead > 1:
+            logits, gradient = _ask_ahead(model, attack, state, ahead, slots)
+        else:
+            logits, gradient = _ask(model, attack, state.query, wants_grad, slots)
         fooled = attack.fools(logits.argmax(1), state)
         return logits.to(state.x.dtype), fooled, ~fooled, gradient
     said, drawn = [], []
     for _ in range(draws):
-        logits, gradient = _ask(model, attack, state, wants_grad, slots)
+        logits, gradient = _ask(model, attack, state.query, wants_grad, slots)
         said.append(logits)
         if wants_grad:
             drawn.append(gradient(state, None))
@@ -353,13 +437,31 @@ def _evaluate(
 
 
 def _ask(
-    model: Callable[[Tensor], Tensor], attack: Attack, state: State, wants_grad: bool, slots: int
+    model: Callable[[Tensor], Tensor], attack: Attack, points: Tensor, wants_grad: bool, slots: int
 ) -> tuple[Tensor, Gradient]:
-    query = padded(state.query.detach(), slots).requires_grad_(wants_grad)
+    query = padded(points.detach(), slots).requires_grad_(wants_grad)
     with torch.set_grad_enabled(wants_grad):
         logits = model(query)
     gradient = partial(_gradient, attack, query, logits, getattr(model, "by_rows", False))
-    return logits.detach()[: len(state.query)].clone(), gradient  # a model may write its next logits over these
+    return logits.detach()[: len(points)].clone(), gradient  # a model may write its next logits over these
+
+
+def _ask_ahead(
+    model: Callable[[Tensor], Tensor], attack: Attack, state: State, n: int, slots: int
+) -> tuple[Tensor, Gradient]:
+    """Of the next n points of each slot, the first that fools the model or tells the attack anything. The state moves
+    on to it, as if those before it had been asked about one by one.
+    """
+    ahead = attack.ahead(state, n)
+    logits, gradient = _ask(model, attack, ahead["query"].flatten(0, 1), False, slots)
+    logits = logits.unflatten(0, (-1, n))
+    told = attack.tells(state, ahead, logits.to(state.x.dtype)) | attack.fools(logits.argmax(2).T, state).T
+    told[:, -1] = True
+    rows, first = torch.arange(len(told), device=told.device), told.byte().argmax(1)
+    for name, values in ahead.items():
+        setattr(state, name, values[rows, first])
+    state.asked += first
+    return logits[rows, first], gradient
 
 
 def _gradient(

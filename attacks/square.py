@@ -1,7 +1,7 @@
 """Square Attack: random search with square windows. Andriushchenko et al. 2020, arXiv 1912.00049."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
@@ -16,7 +16,8 @@ from attacks.norms import per_slot, project_l1_box
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # p halves after each of these proposals
 ROUNDING = 1e-6  # share of eps that sums over an image leave to it
-AHEAD, SMALL = 4, 4  # so many proposals are looked at for one that changes anything, where sides are this small
+SMALL = 4  # side of windows, up to which proposals are looked at before they are asked about
+AHEAD = 8  # of so many of those in a row one is asked about, whether it changes anything or not
 
 
 @dataclass(kw_only=True)
@@ -33,8 +34,8 @@ class Square(Attack):
     """Changes a random window of the best point so far, and keeps the change if it raises the margin.
 
     linf: the window becomes x + eps or x - eps, each channel by its own sign. On images of one channel, a quarter of
-        the windows of at most SMALL pixels a side are that already; they are passed over without asking, for what the
-        model says is known (a model that is random is asked less often).
+        the windows of at most SMALL pixels a side are that already; they are passed over without asking, but for one
+        proposal in AHEAD, for what the model says is known (a model that is random is asked less often).
     l2, and l1 (arXiv 2103.01208): the window gets two opposite peaks on top of what it held, and a second window is
     emptied; what both held, and what the ball has left, is the size of the new perturbation in the first.
 
@@ -49,6 +50,7 @@ class Square(Attack):
     source: ClassVar[str] = "arXiv 1912.00049"
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
     needs_grad: ClassVar[bool] = False
+    foresees: ClassVar[bool] = True
 
     queries: int = 5000
     p: float = 0.8
@@ -69,20 +71,38 @@ class Square(Attack):
         return state.proposed >= self.queries - 1
 
     def step(self, state: SquareState, logits: Tensor, grad: None) -> SquareState:
-        loss = margin(logits, state.y)
-        if self.targeted:
-            loss = -loss
+        loss = self._score(logits, state.y)
         better = (loss > state.loss).nonzero().squeeze(1)  # few rows, as a rule
         accepted = state.query[better]
         state.best[better] = accepted
         state.loss = state.loss.maximum(loss)
-        if self.norm == "linf":
-            state.query = self._paint(state)
-        else:
+        if self.norm != "linf":
             state.size[better] = self.ball.distance(accepted - state.x[better])
-            state.query = self._rearrange(state)
-        state.proposed += 1
+        coming = self._coming(state, 1).squeeze(1)
+        move = state.moves[torch.arange(len(coming), device=coming.device), coming]
+        state.query = self._propose(state, coming, move)
+        state.proposed = coming + 1
         return state
+
+    def ahead(self, state: SquareState, n: int) -> dict[str, Tensor]:
+        coming = self._coming(state, n - 1)
+        rows = torch.arange(len(coming), device=coming.device).repeat_interleave(n - 1)
+        # What was drawn is most of what a slot carries.
+        many = replace(state, moves=state.moves[:, :0])[rows]
+        new = self._propose(many, coming.flatten(), state.moves[rows, coming.flatten()])
+        return {
+            "query": torch.cat([state.query[:, None], new.unflatten(0, coming.shape)], 1),
+            "proposed": torch.cat([state.proposed[:, None], coming + 1], 1),
+        }
+
+    def tells(self, state: SquareState, ahead: dict[str, Tensor], logits: Tensor) -> Tensor:
+        y = state.y.repeat_interleave(logits.shape[1])
+        loss = self._score(logits.flatten(0, 1), y).view(logits.shape[:2])
+        return (loss > state.loss[:, None]) | (ahead["proposed"] >= self.queries - 1)
+
+    def _score(self, logits: Tensor, y: Tensor) -> Tensor:
+        """(B,): what is to rise."""
+        return -margin(logits, y) if self.targeted else margin(logits, y)
 
     def _stripes(self, state: State, noise: Noise) -> Tensor:
         """The start in linf: in every column of each channel +eps or -eps."""
@@ -128,53 +148,61 @@ class Square(Attack):
     def _windows(self, x: Tensor) -> "_Windows":
         return _windows(self.norm, self.p, x.shape[2], x.shape[3], x.device)
 
-    def _next(self, state: SquareState, slots: Tensor, ahead: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the next proposals in slots (n,): what was drawn (n, A, K), the phase of each (n, A), and the pixels of
-        its window (n, A, S * S).
-        """
+    def _coming(self, state: SquareState, n: int) -> Tensor:
+        """(B, n): the proposals that are asked about next, as long as none is accepted."""
+        last = self.queries - 2
+        near = state.proposed[:, None] + torch.arange(n, device=state.x.device)
+        near.clamp_(max=last)
+        if self.norm != "linf" or state.x.shape[1] > 1:  # in colour hardly a window keeps all its signs
+            return near
         windows = self._windows(state.x)
-        proposals = state.proposed[slots, None] + torch.arange(ahead, device=slots.device)
-        proposals.clamp_(max=self.queries - 2)
-        phase = windows.phase(proposals)
-        largest = int(windows.sides[phase].max())
-        return state.moves[slots[:, None], proposals].long(), phase, windows.pixels[:, : largest**2][phase]
+        slots = (windows.sides[windows.phase(state.proposed + (n - 1))] <= SMALL).nonzero().squeeze(1)
+        if len(slots):
+            far = state.proposed[slots, None] + torch.arange(n * AHEAD, device=state.x.device)
+            far.clamp_(max=last)
+            phase = windows.phase(far)
+            places, new = self._window(state, slots, state.moves[slots[:, None], far], phase)
+            asked = (new != state.best.take(places)).flatten(2).any(2) | (windows.sides[phase] > SMALL)
+            # Of every AHEAD in a row one, so that it never takes more to find the next.
+            asked |= (far % AHEAD == 0) | (far == last)
+            near[slots] = far.gather(1, (~asked).byte().argsort(dim=1, stable=True)[:, :n])
+        return near
 
-    def _paint(self, state: SquareState) -> Tensor:
-        """The next point in linf, (B, C, H, W)."""
+    def _propose(self, state: SquareState, proposals: Tensor, move: Tensor) -> Tensor:
+        """The points (B, C, H, W) of these proposals (B,), for which `move` (B, K) was drawn."""
+        return (self._paint if self.norm == "linf" else self._rearrange)(state, proposals, move)
+
+    def _paint(self, state: SquareState, proposals: Tensor, move: Tensor) -> Tensor:
+        """In linf."""
         windows, query = self._windows(state.x), state.best.clone()
-        small = windows.sides[windows.phase(state.proposed)] <= SMALL
-        ahead_of_small = AHEAD if state.x.shape[1] == 1 else 1  # in colour hardly a window keeps all its signs
-        for rows, ahead in ((small, ahead_of_small), (~small, 1)):
+        phase = windows.phase(proposals)
+        small = windows.sides[phase] <= SMALL
+        for rows in (small, ~small):  # apart, for all take as many pixels as the largest
             slots = rows.nonzero().squeeze(1)
             if len(slots):
-                self._paint_(query, state, slots, ahead)
+                places, new = self._window(state, slots, move[slots, None], phase[slots, None])
+                query.view(-1).scatter_(0, places.view(-1), new.view(-1))
         return query
 
-    def _paint_(self, query: Tensor, state: SquareState, slots: Tensor, ahead: int) -> None:
-        """Into slots (n,): the first of the next proposals that changes anything, else the last of them."""
+    def _window(self, state: SquareState, slots: Tensor, move: Tensor, phase: Tensor) -> tuple[Tensor, Tensor]:
+        """Where among all values of the batch the windows of moves (n, A, K) in slots (n,) lie, and what they become in
+        linf, both (n, A, C, S * S).
+        """
         _, c, h, w = state.x.shape
-        move, _, pixels = self._next(state, slots, ahead)
+        pixels, move = self._windows(state.x).upto(phase), move.long()
         channels = (slots[:, None] * c + torch.arange(c, device=slots.device)) * (h * w)  # where each begins
         corners = move[..., c] * w + move[..., c + 1]
-        places = (corners[..., None] + pixels)[:, :, None] + channels[:, None, :, None]  # (n, A, C, S * S)
+        places = (corners[..., None] + pixels)[:, :, None] + channels[:, None, :, None]
         signs = (2 * move[..., :c, None] - 1) * state.eps[slots, None, None, None]
-        new = state.x.take(places).add_(signs).clamp_(0, 1)
-        if ahead > 1:
-            changes = (new != state.best.take(places)).flatten(2).any(2)
-            changes[:, -1] = True
-            first = changes.int().argmax(1)
-            state.proposed[slots] += first
-            chosen = torch.arange(len(slots), device=slots.device) * ahead + first
-            places, new = (each.flatten(0, 1).index_select(0, chosen) for each in (places, new))
-        query.view(-1).scatter_(0, places.view(-1), new.view(-1))
+        return places, state.x.take(places).add_(signs).clamp_(0, 1)
 
-    def _rearrange(self, state: SquareState) -> Tensor:
-        """The next point in l2 and l1, (B, C, H, W)."""
+    def _rearrange(self, state: SquareState, proposals: Tensor, move: Tensor) -> Tensor:
+        """In l2 and l1."""
         c, w = state.x.shape[1], state.x.shape[3]
         order = 2 if self.norm == "l2" else 1
-        slots = torch.arange(len(state.proposed), device=state.x.device)
-        move, phase, pixels = (part[:, 0] for part in self._next(state, slots, 1))
-        windows = self._windows(state.x)
+        windows, move = self._windows(state.x), move.long()
+        phase = windows.phase(proposals)
+        pixels = windows.upto(phase)
         once = windows.once[:, : pixels.shape[1]][phase][:, None]  # (B, 1, S * S)
 
         def size(delta: Tensor) -> Tensor:
@@ -219,6 +247,10 @@ class _Windows(NamedTuple):
 
     def phase(self, proposals: Tensor) -> Tensor:
         return torch.bucketize(proposals, self.halvings)
+
+    def upto(self, phase: Tensor) -> Tensor:
+        """(..., S * S): the pixels of windows in these phases, as many as the largest of them has."""
+        return self.pixels[:, : int(self.sides[phase].max()) ** 2][phase]
 
 
 @lru_cache(maxsize=32)

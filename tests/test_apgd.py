@@ -173,7 +173,7 @@ def test_targets_are_the_likeliest_wrong_classes_in_turn_and_capped():
             seen.append(state.target.tolist())
             return super().init(state, noise)
 
-    outcomes = run(model, Watched(norm="linf", steps=2, n_targets=9), x, y, [1e-6])
+    outcomes = run(model, Watched(norm="linf", steps=2, n_targets=9), x, y, [1e-6], slots=3)
     order = model(x).argsort(1, descending=True)[:, 1:]
     assert seen == order.T.tolist()
     # One forward to rank the classes, then 3 points for each of 4 targets.

@@ -95,22 +95,114 @@ def test_every_point_is_judged_the_first_and_the_last_included(call):
 
 def test_restarts_run_only_on_what_stands():
     attack = attacks.make("pgd", "linf", steps=3, restarts=3)
-    (outcome,) = run(Script({5}), attack, images(1), torch.tensor([0]), [0.1, 0.2])
+    (outcome,) = run(Script({5}), attack, images(1), torch.tensor([0]), [0.1, 0.2], slots=1)
     assert (outcome.rung, outcome.restart) == (0, 1)
     assert outcome.forwards == (6, 0)  # 4 of the first start, 2 of the second
-    (outcome,) = run(Script({12}), attack, images(1), torch.tensor([0]), [0.1, 0.2])
+    (outcome,) = run(Script({12}), attack, images(1), torch.tensor([0]), [0.1, 0.2], slots=1)
     assert (outcome.rung, outcome.restart) == (1, 0)
     assert outcome.forwards == (12, 1)
-    (outcome,) = run(Script(set()), attack, images(1), torch.tensor([0]), [0.1, 0.2])
+    (outcome,) = run(Script(set()), attack, images(1), torch.tensor([0]), [0.1, 0.2], slots=1)
     assert outcome.rung is None and outcome.forwards == (12, 12)
 
 
 def test_restarts_begin_elsewhere():
     seen = []
     model = lambda x: (seen.append(x.clone()), robust_tenth(x))[1]  # noqa: E731
-    run(model, attacks.make("noise", "linf", restarts=3), images(2), torch.zeros(2, dtype=int), [0.1])
+    run(model, attacks.make("noise", "linf", restarts=3), images(2), torch.zeros(2, dtype=int), [0.1], slots=2)
     assert len(seen) == 3
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "options", "least", "most", "rungs"),
+    [
+        ("noise", "linf", {"restarts": 8}, 0.3, 0.5, 3),
+        ("pgd", "linf", {"steps": 2, "restarts": 5}, 0.012, 0.045, 12),
+        ("apgd-ce", "l2", {"steps": 2, "restarts": 4}, 0.2, 0.7, 6),
+        ("apgd-t", "linf", {"steps": 2, "restarts": 2}, 0.012, 0.045, 12),
+        ("square", "linf", {"queries": 30, "restarts": 4}, 0.04, 0.1, 3),
+        ("fab-t", "l2", {"steps": 1, "restarts": 2}, 0.518, 0.518, 1),
+        ("fmn", "l2", {"steps": 12, "restarts": 4}, 0.404, 0.404, 1),
+    ],
+)
+def test_runs_begun_ahead_of_their_turn_change_nothing(name, norm, options, least, most, rungs):
+    """The first run that breaks a sample counts, with those before it, not the one that breaks it soonest."""
+    model, x = conv_net().double(), images(24, seed=3).double()
+    y, attack = model(x).argmax(1), attacks.make(name, norm, classes=5, **options)
+    eps = torch.linspace(least, most, rungs, dtype=torch.float64).tolist()
+    enough = most if attack.budget == "minimal" else 0.0
+
+    def outcomes(slots: int) -> tuple[list[attacks.Outcome], int]:
+        recorder = Recorder(model)
+        made = engine.run(recorder, attack, tasks(x, y), eps, slots=slots, seed=0, enough=enough)
+        return sorted(made, key=lambda o: o.position), len(recorder.calls)
+
+    one_by_one, calls = outcomes(1)
+    # Some break in a later run, for which those begun beside it have to go on; some stand.
+    assert any((o.restart or 0) > 0 for o in one_by_one) and any(o.rung is None for o in one_by_one)
+    for slots in (200, 31):
+        together, fewer = outcomes(slots)
+        for one, other in zip(one_by_one, together, strict=True):
+            assert (one.rung, one.restart, one.forwards) == (other.rung, other.restart, other.forwards)
+            assert one.gradients == other.gradients
+            torch.testing.assert_close(one.x_adv, other.x_adv, atol=1e-9, rtol=0)
+        assert fewer < calls / 16
+
+
+def test_runs_ahead_of_their_turn_take_the_slots_that_are_left_alone():
+    attack = attacks.make("pgd", "linf", steps=4, restarts=8)
+    model = Recorder(nn.Identity())
+    model.forward = lambda x: (model.calls.append(len(x)), robust_tenth(x))[1]
+    three, zeros = images(3), torch.zeros(3, dtype=int)
+    run(model, attack, three, zeros, [0.1], slots=24)
+    assert model.calls == [24] * 5  # all at once
+    model.calls.clear()
+    run(model, attack, three, zeros, [0.1], slots=8)
+    assert model.calls == [8] * 15
+    model.calls.clear()
+    big = images(3, (3, 60, 60))  # a row costs as much as the other
+    run(model, attack, big, zeros, [0.1], slots=24)
+    assert model.calls == [3] * 40
+
+
+@pytest.mark.parametrize("falls", [0, 1])
+def test_runs_begun_ahead_end_as_soon_as_they_are_in_vain(falls):
+    class Errs(Recorder):
+        """In its first call, on one run of each of three samples."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.append(len(x))
+            logits = robust_tenth(x)
+            rows = torch.arange(3 * falls, 3 * falls + 3) if len(self.calls) == 1 else []
+            logits[rows] = logits[rows].flip(1)
+            return logits
+
+    model, attack = Errs(nn.Identity()), attacks.make("pgd", "linf", steps=4, restarts=8)
+    outcomes = run(model, attack, images(3), torch.zeros(3, dtype=int), [0.1], slots=12)
+    assert all((o.restart, o.forwards) == (falls, (5 * falls + 1,)) for o in outcomes)
+    # Where the second run of a sample fell its first goes on, and no other is begun.
+    assert model.calls == [12, 4, 4, 4, 4][: 1 + 4 * falls]
+
+
+def test_slots_that_wait_for_a_gradient_are_let_go_when_they_are_in_vain():
+    model, x = conv_net().double(), images(30, seed=3).double()
+    y, attack = model(x).argmax(1), attacks.make("fab-t", "l2", steps=4, restarts=2)
+
+    def forwards(slots: int) -> list[tuple[int, ...]]:
+        made = list(engine.run(model, attack, tasks(x, y), [0.7], slots=slots, seed=0, enough=0.7))
+        assert len(made) == 30
+        return [outcome.forwards for outcome in sorted(made, key=lambda o: o.position)]
+
+    assert forwards(64) == forwards(1)
+
+
+def test_nothing_of_a_random_network_is_asked_ahead():
+    model = Recorder(nn.Identity())
+    model.forward = lambda x: (model.calls.append(len(x)), robust_tenth(x))[1]
+    for attack in (attacks.make("pgd", "linf", steps=4, restarts=3), attacks.make("square", "linf", queries=15)):
+        model.calls.clear()
+        list(engine.run(model, attack, tasks(images(2), torch.zeros(2)), [0.1], slots=40, seed=0, draws=2))
+        assert model.calls == [2] * 30
 
 
 def test_another_seed_is_another_start():

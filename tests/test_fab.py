@@ -318,7 +318,7 @@ def test_targeted_reaches_the_given_class_only(norm):
 @pytest.mark.parametrize("norm", NORM_NAMES)
 def test_restarts_begin_half_of_eps_away_and_only_they(norm):
     model, x, eps = Stands(), torch.full((2, 3, 4, 4), 0.5), 0.2
-    run(model, FAB(norm=norm, steps=1, restarts=3, search=0), x, torch.zeros(2, dtype=int), eps)
+    run(model, FAB(norm=norm, steps=1, restarts=3, search=0), x, torch.zeros(2, dtype=int), eps, slots=2)
     first, second, third = model.asked[1::2]  # each followed by its step; what chose the target comes before all
     torch.testing.assert_close(first, x)
     for start in (second, third):

@@ -236,6 +236,80 @@ def test_proposals_that_change_nothing_are_not_asked_about_and_change_no_verdict
     assert len(asked) == sum(o.forwards[0] for o in fewer)
 
 
+@LINF_L2_L1
+@pytest.mark.parametrize("shape", [(1, 17, 20), (3, 17, 20)])
+@pytest.mark.parametrize("n", [2, 3, 16])
+def test_points_seen_ahead_are_those_that_it_asks_about_as_long_as_it_is_told_nothing_new(norm, shape, n):
+    attack, x = Square(norm=norm, queries=4020), images(10, shape)
+    state = begin(attack, x, torch.zeros(10, dtype=torch.long), 0.3 if norm == "linf" else 2.0)
+    # Before windows shrink, among small ones, at the end.
+    state.proposed = torch.tensor([0, 9, 47, 198, 498, 990, 1500, 1995, 3998, 4015])
+    for turn in range(3):
+        state = attack.step(state, random_logits(10, turn), None)
+    state.loss += 100
+    ahead = attack.ahead(state, n)
+    assert ahead["query"].shape == (10, n, *shape) and ahead["proposed"].shape == (10, n)
+    nothing_new, passed = torch.zeros(10, 10), 0
+    for k in range(n):
+        told = attack.tells(state, {"proposed": ahead["proposed"][:, k : k + 1]}, nothing_new[:, None])
+        assert torch.equal(told.squeeze(1), attack.last(state))
+        rows = ~attack.last(state) if k else slice(None)
+        assert torch.equal(ahead["query"][rows, k], state.query[rows])
+        assert torch.equal(ahead["proposed"][rows, k], state.proposed[rows])
+        before = state.proposed
+        state = attack.step(state, nothing_new, None)
+        passed += int((state.proposed - before > 1).sum())
+    assert (passed > 0) == (norm == "linf" and shape[0] == 1 and n > 2)
+
+
+@LINF_L2_L1
+@pytest.mark.parametrize("channels", [1, 3])
+def test_looking_ahead_changes_nothing_but_the_number_of_batches(norm, channels):
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 49, 4)).eval().double()
+    x = images(8, (channels, 9, 9)).double()
+    y, attack = model(x).argmax(1), Square(norm=norm, queries=300)
+    eps, batches = {"linf": [0.03, 0.06], "l2": [0.3, 0.6], "l1": [1.5, 3.0]}[norm], {}
+
+    def outcomes(slots: int) -> list[engine.Outcome]:
+        batches[slots] = 0
+
+        def counting(query: Tensor) -> Tensor:
+            batches[slots] += 1
+            return model(query)
+
+        return run(counting, attack, x, y, eps, slots=slots)
+
+    alone, ahead = outcomes(1), outcomes(100)
+    for one, other in zip(alone, ahead, strict=True):
+        assert (one.rung, one.forwards) == (other.rung, other.forwards)
+        torch.testing.assert_close(one.x_adv, other.x_adv, atol=1e-9, rtol=0)
+    assert len({o.rung for o in ahead}) > 1
+    assert batches[100] < batches[1] / 12  # without, it would be 8 images at once
+
+
+def test_a_tie_that_fools_the_model_is_not_passed_over():
+    """Between equal logits torch picks one: the margin is zero, right or wrong."""
+
+    def ties(x: Tensor) -> Tensor:
+        low = (x.mean((1, 2, 3)) < 0.52).float()
+        return torch.stack(
+            [-low, torch.zeros_like(low), low - 1], 1
+        )  # the second class ties with the third or the first
+
+    x, y = torch.full((1, 3, 8, 8), 0.5), torch.tensor([1])
+    one, other = (run(ties, Square(norm="linf", queries=400), x, y, [0.05], slots=slots)[0] for slots in (1, 64))
+    assert one.found and one.forwards[0] > 2 and one.forwards == other.forwards
+    assert torch.equal(one.x_adv, other.x_adv)
+
+
+def test_large_images_are_not_asked_about_ahead_on_a_cpu():
+    rows = []
+    model = lambda x: (rows.append(len(x)), torch.stack([x.mean((1, 2, 3)) + 1, 0 * x.mean((1, 2, 3))], 1))[1]  # noqa: E731
+    run(model, Square(norm="linf", queries=20), images(1, (3, 60, 60)), torch.tensor([0]), [0.1])
+    assert rows == [1] * 20
+
+
 # What it keeps
 
 
