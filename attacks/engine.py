@@ -370,8 +370,7 @@ def padded(x: Tensor, slots: int, like: Tensor | None = None, fewest: int = 2) -
     Four sizes an octave: each new one costs kernels made for it and memory in fragments, and copies up to a
     quarter of a batch cost less than either. An even one, because oneDNN computes convolutions of a single small image
     in another order, and on some CPUs those of any odd number, and then what is found on an image would depend on its
-    company. With one slot there is none: a model may take one image at a time. What is said of the copies counts for
-    nobody.
+    company. With one slot there is none. What is said of the copies counts for nobody.
     """
     n = len(x)
     step = 1 << max(0, n.bit_length() - 3)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from attacks import Ensemble
-from reports import write_reports
+from reports import REPORTS, write_reports
 from reports.answer import answer
 from robust.data import load_data
 from robust.data.batches import from_batches
@@ -33,7 +33,7 @@ from robust.models.scratch import from_scratch
 from robust.options import Options, default_attacks, parse_eps, parse_names, parse_number
 from robust.plan import check_options, make_plan
 from robust.precision import undisturbed
-from robust.store import FILENAME, Finding, Store, differences, holds_run
+from robust.store import FILENAME, Finding, Store, differences, holds_run, require_no_files
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Run:
     def write(self, output: str | Path) -> Path:
         """Write the run directory, store and all reports, to `output`, and return it."""
         output = Path(output)
+        require_no_files(output, REPORTS)
         self.store.copy_to(output / FILENAME)
         write_reports(self.store, output)
         return output
@@ -299,6 +300,8 @@ def _open_store(output: Path | None, resume: bool, identity: dict[str, Any], det
         command = details["command"] or store.details.get("command")
         store.set(environment=details["environment"], command=command)
         return store
+    if output is not None:
+        require_no_files(output, REPORTS)
     return Store.create(path, identity, details)
 
 

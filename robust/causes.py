@@ -61,7 +61,7 @@ def notes(comparison: Comparison) -> Iterator[str]:
         yield (
             f"The weights and layers are the same (fingerprint {here})."
             if same
-            else f"The weights or the layers changed (fingerprint {there} → {here})."
+            else f"The weights, the layers or the model's Python file changed (fingerprint {there} → {here})."
         )
     if changed := ", ".join(_circumstances(comparison)):
         yield f"Changed besides: {changed}."

@@ -16,8 +16,8 @@ from robust.errors import InputError
 from robust.pairing import Incomparable, Pairs, pair
 from robust.statistics import CONTROL, WORST_CASE, holm, mcnemar, paired_difference, wilson
 from robust.text import format_p, format_points, visible
-from robust.units import format_count, format_images, format_percent
-from robust.verdicts import CLEAN, Row, Samples, Verdicts, among, same_eps, worst_cases
+from robust.units import format_count, format_images, format_percent, same_eps
+from robust.verdicts import CLEAN, Row, Samples, Verdicts, among, worst_cases
 
 __all__ = ["Change", "Comparison", "Incomparable", "Judgement", "Rules", "compare"]
 

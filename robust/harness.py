@@ -8,6 +8,7 @@ goes back to be attacked on the module itself.
 
 import contextlib
 import hashlib
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,7 +41,7 @@ from robust.randomness import own_randomness, seed_unit
 from robust.statistics import CONTROL
 from robust.store import Clean, Picture, Result, Store
 
-PREFLIGHT_IMAGES = 8
+PREFLIGHT_IMAGES = 8  # that the model is looked over on, or the batch size, and two at least
 LONG = 200  # points of a sample that stands, from which on it pays to prove first that there is nothing to be found
 SAME = 1e-3  # how far logits may be from those that the run began with, relative to the largest; TF32 is off by as much
 
@@ -130,7 +131,7 @@ class _Job:
     @classmethod
     def prepare(cls, model: Model, x: Tensor, options: Options, plan: Plan, store: Store) -> "_Job":
         """Look the model over and make its fast twin, on the first few images x."""
-        few = x[:PREFLIGHT_IMAGES]
+        few = x[: max(2, min(PREFLIGHT_IMAGES, options.batch_size))]
         seed_unit(options.seed, 0, "preflight")
         both_ways = "it must take one image and several, with gradients and without"
         with readable_failure(f"model {model.name}", "on the first images", both_ways):
@@ -422,11 +423,19 @@ class _Job:
 
 
 def _better(early: Verified, late: Verified) -> Verified:
-    """Of two verdicts on one sample, the later one with the counts of both, unless it alone did not fool the model."""
-    if late.fooled or not early.fooled:
+    """Of two verdicts on one sample the one that broke it at the smaller eps, in doubt the later; with the later's
+    counts, which are those of both.
+    """
+    if _strength(late) <= _strength(early):
         return late
     counted = replace(early.outcome, forwards=late.outcome.forwards, gradients=late.outcome.gradients)
     return replace(early, outcome=counted)
+
+
+def _strength(verified: Verified) -> tuple[bool, float]:
+    """The smaller, the more it shows: at which eps the sample broke, that it did beyond every eps, that it stood."""
+    at = verified.broken_at
+    return not verified.fooled, math.inf if at is None else at
 
 
 def _why_not_certified(options: Options, plan: Plan, passed: Mapping[str, bool]) -> str:

@@ -7,6 +7,7 @@ from operator import index
 from typing import Any
 
 from robust.errors import InputError, unknown
+from robust.units import same_eps
 
 CONVS = ("torch", "scratch")  # what computes the model's convolutions
 NORMS = ("linf", "l2", "l1", "l0")
@@ -128,7 +129,11 @@ class Options:
             )
         digits, thumbnails = channels == 1 and height <= 32, height <= 64
         table = _DIGIT_EPS if digits else _THUMBNAIL_EPS if thumbnails else _PHOTO_EPS
-        return replace(self, eps=tuple(sorted(set(self.eps or table[self.norm]))), device=device)
+        eps: list[float] = []
+        for radius in sorted(self.eps or table[self.norm]):
+            if not eps or not same_eps(radius, eps[-1]):
+                eps.append(radius)
+        return replace(self, eps=tuple(eps), device=device)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; tuples as lists."""

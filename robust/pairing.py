@@ -9,8 +9,8 @@ import numpy as np
 from robust.errors import InputError
 from robust.options import Options
 from robust.text import visible
-from robust.units import format_eps
-from robust.verdicts import CLEAN, Row, Verdicts, among, same_eps, worst_cases
+from robust.units import format_eps, same_eps
+from robust.verdicts import CLEAN, Row, Verdicts, among, worst_cases
 
 Pairs = dict[Row, tuple[np.ndarray, np.ndarray]]  # row -> verdicts (n,) bool before, and after
 

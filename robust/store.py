@@ -564,6 +564,14 @@ def require_no_run(path: Path | None, advice: str = "continue it with --resume, 
         raise InputError(f"{path.parent} already holds a run: {advice}")
 
 
+def require_no_files(folder: Path, names: Iterable[str]) -> None:
+    """InputError where one of these files, that a run is about to write, is in the folder, and no run beside it."""
+    if not holds_run(folder / FILENAME):
+        for name in names:
+            if (folder / name).exists():
+                raise InputError(f"{folder / name} is there already, and belongs to no run: name another --output")
+
+
 def disk_is_full(error: Exception) -> bool:
     return "disk is full" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+LONGEST = 80  # characters of a class's name that are printed
+
 
 def format_eps(eps: float, norm: str) -> str:
     """A perturbation size in the unit people think in: '4/255', '0.5/255', else '0.3'.
@@ -15,6 +17,11 @@ def format_eps(eps: float, norm: str) -> str:
         if abs(eps - levels / 255) <= 1e-6:
             return f"{levels:g}/255"
     return f"{eps:.6g}"
+
+
+def same_eps(a: float, b: float) -> bool:
+    """Whether two people, or two files, mean the same eps: a spreadsheet keeps eight digits or so."""
+    return math.isclose(a, b, rel_tol=1e-6)
 
 
 def format_distance(distance: float, norm: str, eps: float) -> str:
@@ -60,8 +67,9 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_class(label: int, class_names: Sequence[str] | None) -> str:
-    """The class's name, or its index where the names are not known."""
-    return class_names[label] if class_names else str(label)
+    """The class's name, the beginning of a long one, or its index where the names are not known."""
+    name = class_names[label] if class_names else str(label)
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
 
 
 def _percentage(part: float, whole: float = 1) -> str:

@@ -1,7 +1,6 @@
 """What the gate compares: which samples a run judged, and its verdict on each. Arrays only: no file, no torch."""
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from robust.options import NORMS
 from robust.statistics import WORST_CASE
 from robust.store import Finding
 from robust.text import visible
-from robust.units import format_eps
+from robust.units import format_eps, same_eps
 
 CLEAN = "clean"
 
@@ -47,11 +46,6 @@ def worst_cases(robust: Mapping[Row, np.ndarray]) -> dict[Row, np.ndarray]:
         key = Row(WORST_CASE, row.norm, row.eps)
         worst[key] = worst[key] & stands if key in worst else stands
     return worst
-
-
-def same_eps(a: float, b: float) -> bool:
-    """Whether two files mean the same eps: a spreadsheet keeps eight digits or so."""
-    return math.isclose(a, b, rel_tol=1e-6)
 
 
 def among(eps: float, others: Iterable[float]) -> bool:

@@ -149,6 +149,13 @@ def test_wrong_labels_show_on_the_clean_images(model, data):
     assert level(run, "clean accuracy") == "fail"
 
 
+@pytest.mark.parametrize(("wrong", "said"), [(1, "warn"), (3, "warn"), (4, "fail")])
+def test_few_images_that_are_wrong_prove_no_wrong_labels(model, wrong, said):
+    x = images(wrong)
+    run = robust.run(model, (x, (model(x).argmax(1) + 1) % 5), attacks=["noise"], eps=[0.01])
+    assert level(run, "clean accuracy") == said
+
+
 @pytest.mark.parametrize(("right", "said"), [(12, "fail"), (13, "warn"), (18, "warn"), (20, "pass")])
 def test_what_may_be_guessing_is_not_passed(right, said):
     """Of 60 images on 5 classes, where 12 are right by chance."""

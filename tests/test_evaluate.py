@@ -258,6 +258,34 @@ def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(project, capsys, li
     assert after == before
 
 
+@pytest.mark.parametrize("name", ["samples.csv", "report.html", "adversarials.npz"])
+@pytest.mark.parametrize("resume", ["", " --resume"])
+def test_files_that_belong_to_no_run_are_kept(project, capsys, name, resume):
+    own = project / "mine" / name
+    own.parent.mkdir()
+    own.write_text("of my own")
+    code, _, err = run(f"{COMMON} --attack pgd --output mine{resume}", capsys)
+    assert code == 2 and err == f"error: mine/{name} is there already, and belongs to no run: name another --output\n"
+    assert [path.name for path in own.parent.iterdir()] == [name] and own.read_text() == "of my own"
+
+
+def test_what_cannot_be_written_is_told_with_the_way_to_go_on(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate"])
+
+    def failing(resume: bool = False) -> None:
+        raise OSError(5, "Input/output error", "out/samples.csv")
+
+    def without() -> None:
+        failing()
+
+    for command, way in ((failing, "; with --output and --resume it goes on with what is done"), (without, "")):
+        with pytest.raises(SystemExit) as left:
+            cli.main(command)
+        assert left.value.code == 2
+        said = "[Errno 5] Input/output error: 'out/samples.csv'; mend that, or name another --output, and repeat "
+        assert capsys.readouterr().err == f"error: {said}the command{way}\n"
+
+
 def test_an_output_that_holds_another_run_is_kept(project, capsys):
     line = COMMON.replace(" --steps 4", "")
     run(f"{line} --attack fgsm --output out", capsys)
@@ -321,7 +349,7 @@ def test_what_stands_in_the_way_of_a_report_is_named(project, capsys):
     (project / "out").mkdir()
     (project / "out" / "figures").write_text("a file")
     code, _, err = run(f"{COMMON} --output out", capsys)
-    assert code == 2 and "figures" in err and err.count("\n") == 1 and "what is done is kept" in err
+    assert code == 2 and "figures" in err and err.count("\n") == 1 and "--resume it goes on with what is done" in err
     (project / "out" / "figures").unlink()
     assert run(f"{COMMON} --output out --resume", capsys)[0] == 0
 

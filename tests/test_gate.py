@@ -371,7 +371,7 @@ def test_circumstances_are_told():
     other = compare(before, replace(now, model=MODEL | {"name": "new", "fingerprint": "0" * 64}))
     assert other.notes[:2] == (
         "The model is new, and was net.",
-        "The weights or the layers changed (fingerprint ffffffff → 00000000).",
+        "The weights, the layers or the model's Python file changed (fingerprint ffffffff → 00000000).",
     )
 
 

@@ -16,6 +16,7 @@ import robust
 import robust.api
 from robust import harness
 from robust.errors import InputError
+from robust.judge import Verified
 from robust.models.prepare import fast_twin
 from robust.store import SAMPLE_COLUMNS
 from toys import Linear, conv_net, images, tasks, verdicts
@@ -234,6 +235,32 @@ def test_same_seed_same_table_and_other_batches_same_verdicts(model, data):
     for batch_size in (3, 16):
         assert verdicts(run(batch_size=batch_size)) == verdicts(reference)
     assert run(seed=1).samples.to_csv() != reference.samples.to_csv()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_the_first_look_at_a_model_keeps_to_the_batch_size_too(model, batch_size):
+    """But for two images at least, by which it is seen whether a model mixes them."""
+    rows, x = set(), images(6, (3, 60, 60))
+    handle = model.register_forward_pre_hook(lambda _, given: rows.add(len(given[0])))
+    robust.run(model, (x, model(x).argmax(1)), attacks=["pgd"], eps=[0.01], steps=3, batch_size=batch_size)
+    handle.remove()
+    assert max(rows - {6}) == max(2, batch_size)
+
+
+def test_of_two_verdicts_the_smaller_eps_counts():
+    def broke(rung: int | None, fooled: bool = True, forwards: int = 1) -> Verified:
+        outcome = attacks.Outcome(0, torch.zeros(1), fooled, rung, 0, (forwards,), (0,))
+        return Verified(outcome, torch.zeros(1), rung, fooled, (), 0, 1.0, torch.zeros(2), {})
+
+    for early, late, kept in [
+        (broke(0), broke(1, forwards=2), 0),
+        (broke(1), broke(0, forwards=2), 0),
+        (broke(None), broke(1, forwards=2), 1),
+        (broke(1), broke(1, fooled=False, forwards=2), 1),
+        (broke(0, fooled=False), broke(1, forwards=2), 1),
+    ]:
+        better = harness._better(early, late)
+        assert (better.broken_at, better.outcome.forwards) == (kept, (2,))
 
 
 def test_worst_case_is_what_no_attack_broke(model, data):

@@ -47,6 +47,39 @@ def test_every_success_stands_up_to_an_independent_check(model, data, norm):
     assert samples.success.groupby(["sample_id", "attack"]).any().sum() == len(saved)
 
 
+def test_what_a_search_for_the_least_distance_finds_lies_within_eps():
+    """Exactly, however small: it was not projected onto eps, and rounded beyond it."""
+    model, x = Linear(27), images(80, (3, 3, 3), seed=4) / 2 + 0.25
+    y = model(x).argmax(1)
+    least = model.distance(x, "linf").sort().values
+    tiny = 0.5 * float(least[0] + least[1])  # one image breaks, by an eps as small as they come
+    scaled = Outputs(lambda x: model((x - 0.5) * 1e4 + 0.5))
+    x = (x - 0.5) / 1e4 + 0.5
+    for factor in (0.999, 1.001):
+        eps = factor * tiny / 1e4
+        samples = robust.run(scaled, (x, y), attacks=["fmn"], eps=[eps]).samples
+        assert 0 < samples.success.sum() < 3
+        assert (samples.distance_linf[samples.success] <= eps * (1 + 1e-6)).all()
+
+
+def test_a_model_that_gives_no_number_in_the_ball_is_told_with_the_attack():
+    """Also where it is at the image in 8 bits, which no attack has asked about."""
+    model = Linear(27)
+    calls = []
+
+    def sometimes(x):
+        logits = model(x)
+        calls.append(len(x))
+        levels = (x * 255 - (x * 255).round()).abs().flatten(1).amax(1)
+        saved = (levels < 1e-4) & (x.flatten(1).amax(1) != 0.3)
+        return torch.where(saved[:, None], torch.nan, logits)
+
+    x = 0.3 + 0.01 * images(6, (3, 3, 3))
+    x[:, 0, 0, 0] = 0.3
+    with pytest.raises(InputError, match=r"at a point that fmn found, .*NaN"):
+        robust.run(Outputs(sometimes), (x, model(x).argmax(1)), attacks=["fmn"], eps=[0.2, 0.5])
+
+
 def test_the_unchanged_image_is_no_adversarial_whatever_chance_says_of_it():
     class Rounds(nn.Module):
         """Random and without a gradient: an attack that finds nothing shows the image itself."""

@@ -726,6 +726,8 @@ def test_weights_for_a_factory(tmp_path: Path, write: Write) -> None:
     assert torch.equal(model.module.state_dict()["linear.bias"], torch.arange(10.0))
     torch.save(state, tmp_path / "part.pth")
     assert "does not fit Net: linear.weight, linear.bias missing" in check_refused(spec, tmp_path / "part.pth")
+    torch.save({**state, **linear, "linear.weight": torch.ones(10, 4, dtype=torch.int64)}, tmp_path / "whole.pth")
+    assert "does not fit Net: linear.weight of integers" in check_refused(spec, tmp_path / "whole.pth")
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,8 @@ def test_norms_are_those_of_the_attacks():
 
 def test_eps_rise_and_repeat_never():
     assert options(eps=(0.3, 0.1, 0.3)).suited_to((3, 8, 8), "cpu").eps == (0.1, 0.3)
+    # 0.30000000000000004 would be another row of the same name.
+    assert options(eps=(0.1 + 0.2, 0.1, 0.3, 0.301)).suited_to((3, 8, 8), "cpu").eps == (0.1, 0.3, 0.301)
 
 
 def test_names_may_be_repeated_or_listed():

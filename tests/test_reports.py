@@ -237,6 +237,8 @@ def test_other_units() -> None:
     assert format_distance(math.nan, "l2", 0.5) == "–"
     assert format_class(4, CLASSES) == "panda"
     assert format_class(4, None) == "4"
+    assert format_class(0, ["x" * 80]) == "x" * 80
+    assert format_class(0, ["x" * 300]) == "x" * 79 + "…"
 
 
 # The answer

@@ -85,14 +85,25 @@ def load_into(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         for name, tensor in module.state_dict().items()
         if name in state and isinstance(tensor, Tensor) and state[name].is_complex() != tensor.is_complex()
     ]
-    if wrong or turned:
-        raise _misfit(module, path, {"of the wrong shape": wrong, "complex on one side only": turned})
+    whole = [
+        name
+        for name, tensor in module.state_dict().items()
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and _holds_integers(state.get(name))
+    ]
+    if wrong or turned or whole:
+        faults = {"of the wrong shape": wrong, "complex on one side only": turned, "of integers": whole}
+        raise _misfit(module, path, faults)
     try:
         missing, unexpected = module.load_state_dict(state, strict=False)
     except (RuntimeError, ValueError) as error:  # some layers check more, such as their version
         raise InputError(f"{path} does not fit {type(module).__name__}: {describe(error)}") from error
     if missing or unexpected:
         raise _misfit(module, path, {"missing": missing, "unexpected": unexpected})
+
+
+def _holds_integers(value: Any) -> bool:
+    """Which torch would copy into floats without a word."""
+    return isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
 
 
 def build_with(build: Callable[[int | None], nn.Module], state: dict[str, Tensor], path: Path) -> nn.Module:
