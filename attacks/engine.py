@@ -6,8 +6,8 @@ the last, climbs to the next eps; freed slots are refilled from the queue. An ad
 lies inside every larger ball too, so a sample climbs only until it breaks, and a whole accuracy-against-eps curve
 is one run. An attack that looks for the least distance does not climb: it answers for every eps at once.
 
-When the queue is empty and another row costs little, free slots take what the samples left may need later: their next
-runs, ahead of their turn, and the next points of a search that knows them unless it is told something new. What is
+When the queue is empty and another row costs little, slots speculate on what the samples left may need later: their
+next runs, ahead of their turn, and the next points of a search that knows them unless it is told something new. What is
 found and counted is what would have been, one after the other; what was evaluated in vain counts for nobody.
 """
 
@@ -29,7 +29,7 @@ from attacks.norms import inside, per_slot
 
 STEADY = 16  # evaluations of equally many rows, after which kernels of their own pay and they are no longer padded
 SMALL = 2**13  # values of an image, up to which another one beside it costs little
-FORESIGHT = 16  # points of a slot that are asked about at once, at most
+LOOKAHEAD = 16  # points of a slot that are asked about at once, at most
 FEW = 7 / 8  # of a batch's rows, up to which it pays to go back with these alone
 
 
@@ -58,8 +58,8 @@ def run(
     minimal = attack.budget == "minimal"
     queue = _climbs(model, attack, tasks, eps, slots, draws)
     filled: _Slots | None = None
-    starting = _refill(queue, [], slots, ahead=draws == 1)
-    foresight = 2 if attack.foresees else 1  # how many points of each slot to ask about at once
+    starting = _refill(queue, [], slots, draws == 1)
+    lookahead = 2 if attack.foresees else 1  # how many points of each slot to ask about at once
     before, steady = 0, 0  # rows of the last evaluation, and for how many they have been as many
 
     while filled or starting:
@@ -73,10 +73,10 @@ def run(
 
         asked, state.asked = state.asked, state.asked + 1
         wants_grad = attack.needs_grad and bool((attack.wants_grad(state) & ~attack.last(state)).any())
-        ahead = min(slots // len(asking), foresight, attack.queries) if cheap(state.x[0]) else 1
+        ahead = min(slots // len(asking), lookahead, attack.queries) if cheap(state.x[0]) else 1
         logits, state.fooled, doubt, gradient = _evaluate(model, attack, state, wants_grad, room, draws, ahead)
         if ahead > 1:  # next time half as far again as it got
-            foresight = min(FORESIGHT, 1 + int(1.5 * float((state.asked - asked).float().mean())))
+            lookahead = min(LOOKAHEAD, 1 + int(1.5 * float((state.asked - asked).float().mean())))
         if isinstance(state, MinimalState):
             _keep_nearest(attack, state)
             done = state.best_distance <= enough
@@ -113,7 +113,7 @@ def run(
         yield from outcomes
         if kept is not None:
             going = [*asking.runs, *(waiting.runs if waiting else ()), *starting]
-            starting += _refill(queue, going, slots - len(going), ahead=draws == 1)
+            starting += _refill(queue, going, slots - len(going), draws == 1)
         if asking:
             if wants_grad:
                 asking.state.graded += 1

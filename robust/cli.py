@@ -79,17 +79,14 @@ def main(command: Callable[..., Any]) -> NoReturn:
             _fail("the disk is full: make room, then repeat it with --output and --resume; what is done is kept")
         if not isinstance(error, OSError) and not re.search("readonly|I/O", str(error)):
             _fault()
-        go_on = "; with --output and --resume it goes on with what is done" if _resumes(command) else ""
+        resumes = "resume" in inspect.signature(command).parameters
+        go_on = "; with --output and --resume it goes on with what is done" if resumes else ""
         _fail(f"{error}; mend that, or name another --output, and repeat the command{go_on}")
     except Exception as error:
         usage = getattr(error, "format_message", None)
         if usage is None:
             _fault()
         _fail(f"{usage()} (see --help)")
-
-
-def _resumes(command: Callable[..., Any]) -> bool:
-    return "resume" in inspect.signature(command).parameters
 
 
 def _interruptible(command: Callable[..., Any]) -> Callable[..., Any]:

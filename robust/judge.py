@@ -112,6 +112,14 @@ class Judge:
         """Every claim and every last point of a sample that stood, judged afresh by the model itself."""
         if not claims:
             return []
+        try:
+            return self._verify(attack, claims, tasks)
+        except InputError as error:
+            raise InputError(f"at a point that {attack.name} found, {error}") from error
+
+    def _verify(
+        self, attack: attacks.AnyAttack, claims: Sequence[attacks.Outcome], tasks: Mapping[int, attacks.Task]
+    ) -> list[Verified]:
         x = torch.stack([tasks[claim.position].x for claim in claims])
         y = torch.tensor([tasks[claim.position].y for claim in claims], device=x.device)
         point = torch.stack([claim.x_adv for claim in claims])
@@ -131,14 +139,14 @@ class Judge:
                 in_8bit &= found
                 versions = iter([torch.where(per_slot(in_8bit, x), rounded, point), point])
         x_adv = next(versions).clone()
-        pred, confidence, logits = self._predict(attack, x_adv)
+        pred, confidence, logits = self.predict(x_adv)
         saved = in_8bit & self.fools(pred, y)
         for version in versions:
             rows = (found & ~self.fools(pred, y)).nonzero().squeeze(1)
             if len(rows) == 0:
                 break
             x_adv[rows] = version[rows]
-            pred[rows], confidence[rows], logits[rows] = self._predict(attack, version[rows])
+            pred[rows], confidence[rows], logits[rows] = self.predict(version[rows])
         if is_minimal(attack):
             claims = [replace(claim, rung=None) if claim.found else claim for claim in claims]
         delta = x_adv.double() - x.double()
@@ -152,7 +160,7 @@ class Judge:
         # How far an attack went: all the way to the eps it was given, or as near as it could.
         ladder = torch.tensor([*self.options.eps, math.inf], dtype=distance.dtype, device=x.device)
         went = distance if attack.budget == "minimal" else ladder[rungs]
-        fooled_8bit = self._survive_8bit(attack, x, y, x_adv, went, rungs, fooled, in_8bit, saved)
+        fooled_8bit = self._survive_8bit(x, y, x_adv, went, rungs, fooled, in_8bit, saved)
         reached = [rung if rung < len(self.options.eps) else None for rung in rungs.tolist()]
         sizes = {norm: values.tolist() for norm, values in distances.items()}
         return [
@@ -162,13 +170,6 @@ class Judge:
             )
             for k, claim in enumerate(claims)
         ]  # fmt: skip
-
-    def _predict(self, attack: attacks.AnyAttack, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As `predict`, of points that the attack found or versions of them; errors say so."""
-        try:
-            return self.predict(x)
-        except InputError as error:
-            raise InputError(f"at a point that {attack.name} found, {error}") from error
 
     def _distance(self, x: Tensor, x_adv: Tensor) -> Tensor:
         """(N,) in the run's norm, in float64."""
@@ -210,7 +211,6 @@ class Judge:
 
     def _survive_8bit(
         self,
-        attack: attacks.AnyAttack,
         x: Tensor,
         y: Tensor,
         x_adv: Tensor,
@@ -246,7 +246,7 @@ class Judge:
             scale = (radius / went[there] if grows else torch.ones_like(went[there])).to(x)
             scaled = x[there] + per_slot(scale, x) * (x_adv[there] - x[there])
             rounded = round_to_8bit(x[there], scaled.clamp_(0, 1), radius, self.options.norm)
-            pred, _, _ = self._predict(attack, rounded)
+            pred, _, _ = self.predict(rounded)
             distance = self._distance(x[there], rounded)
             inside = self._within(distance, radius) & (distance > 0)  # as in `verify`
             survives[rows, k] = (self.fools(pred, y[there]) & inside).cpu()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import attacks
 from attacks import engine
-from toys import Linear, conv_net, images, tasks
+from toys import Linear, Outputs, conv_net, images, tasks
 
 
 class Recorder(nn.Module):
@@ -53,8 +53,7 @@ def robust_tenth(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("name", "forwards", "gradients"), [("fgsm", 2, 1), ("pgd", 8, 7), ("noise", 1, 0)])
 def test_cost_of_a_sample_that_stands(name, forwards, gradients):
-    model = Recorder(nn.Identity())
-    model.forward = lambda x: (model.calls.append(len(x)), robust_tenth(x))[1]
+    model = Recorder(Outputs(robust_tenth))
     attack = attacks.make(name, "linf", steps=7)
     x = images(10)
     for o in run(model, attack, x, torch.zeros(10, dtype=int), [0.1, 0.2], slots=4):
@@ -151,8 +150,7 @@ def test_runs_begun_ahead_of_their_turn_change_nothing(name, norm, options, leas
 
 def test_runs_ahead_of_their_turn_take_the_slots_that_are_left_alone():
     attack = attacks.make("pgd", "linf", steps=4, restarts=8)
-    model = Recorder(nn.Identity())
-    model.forward = lambda x: (model.calls.append(len(x)), robust_tenth(x))[1]
+    model = Recorder(Outputs(robust_tenth))
     three, zeros = images(3), torch.zeros(3, dtype=int)
     run(model, attack, three, zeros, [0.1], slots=24)
     assert model.calls == [24] * 5  # all at once
@@ -167,17 +165,15 @@ def test_runs_ahead_of_their_turn_take_the_slots_that_are_left_alone():
 
 @pytest.mark.parametrize("falls", [0, 1])
 def test_runs_begun_ahead_end_as_soon_as_they_are_in_vain(falls):
-    class Errs(Recorder):
-        """In its first call, on one run of each of three samples."""
+    def errs(x: Tensor) -> Tensor:
+        """In the first call, on one run of each of three samples."""
+        logits = robust_tenth(x)
+        if len(model.calls) == 1:
+            rows = torch.arange(3 * falls, 3 * falls + 3)
+            logits = logits.index_copy(0, rows, logits[rows].flip(1))
+        return logits
 
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls.append(len(x))
-            logits = robust_tenth(x)
-            rows = torch.arange(3 * falls, 3 * falls + 3) if len(self.calls) == 1 else []
-            logits[rows] = logits[rows].flip(1)
-            return logits
-
-    model, attack = Errs(nn.Identity()), attacks.make("pgd", "linf", steps=4, restarts=8)
+    model, attack = Recorder(Outputs(errs)), attacks.make("pgd", "linf", steps=4, restarts=8)
     outcomes = run(model, attack, images(3), torch.zeros(3, dtype=int), [0.1], slots=12)
     assert all((o.restart, o.forwards) == (falls, (5 * falls + 1,)) for o in outcomes)
     # Where the second run of a sample fell its first goes on, and no other is begun.
@@ -197,8 +193,7 @@ def test_slots_that_wait_for_a_gradient_are_let_go_when_they_are_in_vain():
 
 
 def test_nothing_of_a_random_network_is_asked_ahead():
-    model = Recorder(nn.Identity())
-    model.forward = lambda x: (model.calls.append(len(x)), robust_tenth(x))[1]
+    model = Recorder(Outputs(robust_tenth))
     for attack in (attacks.make("pgd", "linf", steps=4, restarts=3), attacks.make("square", "linf", queries=15)):
         model.calls.clear()
         list(engine.run(model, attack, tasks(images(2), torch.zeros(2)), [0.1], slots=40, seed=0, draws=2))
@@ -267,8 +262,7 @@ def test_the_image_itself_is_no_adversarial(name):
 
 
 def test_a_batch_that_stays_as_it_is_is_not_padded_for_long():
-    model = Recorder(nn.Identity())
-    model.forward = lambda x: (model.calls.append(len(x)), robust_tenth(x))[1]
+    model = Recorder(Outputs(robust_tenth))
     x = images(17)
     run(model, attacks.make("pgd", "linf", steps=30), x, torch.zeros(17, dtype=int), [0.1], slots=32)
     assert model.calls == [20] * engine.STEADY + [18] * (31 - engine.STEADY)

@@ -293,9 +293,8 @@ def test_a_tie_that_fools_the_model_is_not_passed_over():
 
     def ties(x: Tensor) -> Tensor:
         low = (x.mean((1, 2, 3)) < 0.52).float()
-        return torch.stack(
-            [-low, torch.zeros_like(low), low - 1], 1
-        )  # the second class ties with the third or the first
+        # The second class ties with the third or, from there on, with the first.
+        return torch.stack([-low, torch.zeros_like(low), low - 1], 1)
 
     x, y = torch.full((1, 3, 8, 8), 0.5), torch.tensor([1])
     one, other = (run(ties, Square(norm="linf", queries=400), x, y, [0.05], slots=slots)[0] for slots in (1, 64))

@@ -80,16 +80,14 @@ def load_into(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         for name, tensor in module.state_dict().items()
         if name in state and _shape(state[name]) != _shape(tensor)
     ]
-    turned = [
-        name
+    both = [
+        (name, state[name], tensor)
         for name, tensor in module.state_dict().items()
-        if name in state and isinstance(tensor, Tensor) and state[name].is_complex() != tensor.is_complex()
+        if name in state and isinstance(tensor, Tensor)
     ]
-    whole = [
-        name
-        for name, tensor in module.state_dict().items()
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and _holds_integers(state.get(name))
-    ]
+    turned = [name for name, given, tensor in both if given.is_complex() != tensor.is_complex()]
+    # Which torch would copy into floats without a word.
+    whole = [name for name, given, tensor in both if tensor.is_floating_point() and _is_whole(given)]
     if wrong or turned or whole:
         faults = {"of the wrong shape": wrong, "complex on one side only": turned, "of integers": whole}
         raise _misfit(module, path, faults)
@@ -101,9 +99,8 @@ def load_into(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         raise _misfit(module, path, {"missing": missing, "unexpected": unexpected})
 
 
-def _holds_integers(value: Any) -> bool:
-    """Which torch would copy into floats without a word."""
-    return isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
+def _is_whole(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() and not tensor.is_complex()
 
 
 def build_with(build: Callable[[int | None], nn.Module], state: dict[str, Tensor], path: Path) -> nn.Module:
