@@ -181,7 +181,7 @@ def _pictures(store: Store, fell: dict[str, set[str]]) -> Iterator[tuple[Picture
         clean = store.clean(picture.position, 1)[0]
         if clean.sample_id in fell.get(picture.attack, ()):
             yield picture, clean
-    for clean, attack, x, x_adv in store.adversarials():
+    for clean, attack, _, x, x_adv in store.adversarials():
         if clean.sample_id in fell.get(attack, ()):
             samples = store.samples(position=clean.position)
             row = samples[samples.success & (samples.attack == attack)].iloc[0].to_dict()

@@ -13,16 +13,18 @@ from robust.store import Store
 
 
 def write_npz(store: Store, folder: Path) -> None:
-    """x and x_adv (N, C, H, W) float32 in [0, 1], labels (N,) int64, ids and attacks (N,) text.
+    """x and x_adv (N, C, H, W) float32 in [0, 1], labels (N,) int64, ids and attacks (N,) text, eps (N,) float64, the
+    smallest of the run's at which the image broke.
 
     Images go from the store to the file one at a time. Where the run was to save them and there are none, N is 0.
     InputError where they are not of one size.
     """
-    labels, ids, attacks, shapes = [], [], [], set()
-    for clean, attack, x, _ in store.adversarials():
+    labels, ids, attacks, smallest, shapes = [], [], [], [], set()
+    for clean, attack, eps, x, _ in store.adversarials():
         labels.append(clean.label)
         ids.append(clean.sample_id)
         attacks.append(attack)
+        smallest.append(eps)
         shapes.add(x.shape)
     if len(shapes) > 1:
         raise InputError("adversarials.npz needs images of one size; run without --save-adversarials")
@@ -30,12 +32,13 @@ def write_npz(store: Store, folder: Path) -> None:
         return
     shape = (len(ids), *(shapes.pop() if shapes else store.identity["model"]["input_size"]))
     with replacing(folder / "adversarials.npz") as stream, zipfile.ZipFile(stream, "w") as archive:
-        _add(archive, "x", shape, np.float32, (x for _, _, x, _ in store.adversarials()))
-        _add(archive, "x_adv", shape, np.float32, (x_adv for _, _, _, x_adv in store.adversarials()))
+        _add(archive, "x", shape, np.float32, (x for *_, x, _ in store.adversarials()))
+        _add(archive, "x_adv", shape, np.float32, (x_adv for *_, x_adv in store.adversarials()))
         for name, column in (
             ("labels", np.array(labels, np.int64)),
             ("ids", np.array(ids, np.str_)),
             ("attacks", np.array(attacks, np.str_)),
+            ("eps", np.array(smallest, np.float64)),
         ):
             _add(archive, name, column.shape, column.dtype, [column])
 

@@ -446,15 +446,18 @@ class Store:
         rows = self._db.execute("SELECT * FROM picture ORDER BY attack, role, rank, position")
         return [_picture(row) for row in rows]
 
-    def adversarials(self) -> Iterator[tuple[Clean, str, np.ndarray, np.ndarray]]:
-        """(clean, attack, x, x_adv) of the verified successes, if the run saved them."""
+    def adversarials(self) -> Iterator[tuple[Clean, str, float, np.ndarray, np.ndarray]]:
+        """(clean, attack, eps, x, x_adv) of the verified successes, if the run saved them; eps is the smallest of the
+        run's at which the sample broke."""
         rows = self._db.execute(
-            "SELECT clean.*, attack, shape, x, x_adv FROM adversarial JOIN clean USING (position) "
-            "ORDER BY position, attack"
+            "SELECT clean.*, attack, shape, x, x_adv, (SELECT MIN(eps) FROM result WHERE success AND "
+            "(result.position, result.attack) = (adversarial.position, adversarial.attack)) AS eps "
+            "FROM adversarial JOIN clean USING (position) ORDER BY position, attack"
         )
         for row in rows:
             clean = Clean(**{field.name: row[field.name] for field in fields(Clean)})
-            yield clean, row["attack"], _unpack(row["x"], row["shape"]), _unpack(row["x_adv"], row["shape"])
+            x, x_adv = (_unpack(row[name], row["shape"]) for name in ("x", "x_adv"))
+            yield clean, row["attack"], row["eps"], x, x_adv
 
     def findings(self) -> list[Finding]:
         return [Finding(**row) for row in self._db.execute("SELECT * FROM finding ORDER BY rowid")]

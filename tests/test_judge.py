@@ -30,13 +30,14 @@ def test_every_success_stands_up_to_an_independent_check(model, data, norm):
     samples = run.samples.set_index(["sample_id", "attack", "eps"])
     saved = list(run.store.adversarials())
     assert len(saved) > 20
-    for clean, attack, x_clean, x_adv in saved:
+    for clean, attack, smallest, x_clean, x_adv in saved:
         k = int(clean.sample_id)
         assert np.array_equal(x_clean, x[k].numpy())
         logits = model(torch.tensor(x_adv)[None])
         delta = x_adv.astype(np.float64) - x_clean
         linf, l2 = np.abs(delta).max(), np.sqrt((delta**2).sum())
         assert x_adv.min() >= 0 and x_adv.max() <= 1
+        assert smallest == next(radius for radius in eps if samples.success[clean.sample_id, attack, radius])
         for radius in eps:
             row = samples.loc[(clean.sample_id, attack, radius)]
             assert row.success == within(linf if norm == "linf" else l2, radius, norm, x_adv.size)
@@ -179,7 +180,7 @@ def test_an_adversarial_that_can_be_saved_as_an_image_is_that_image(model, norm,
     monkeypatch.setattr(judge.Judge, "_ask", lambda self, x: asked.append(len(x)) or ask(self, x))
     run = robust.run(model, (x, model(x).argmax(1)), attacks="pgd", norm=norm, eps=eps, save_adversarials=True)
     samples, found, lost = run.samples.set_index("sample_id"), 0, 0
-    for clean, _, _, x_adv in run.store.adversarials():
+    for clean, *_, x_adv in run.store.adversarials():
         saved = np.allclose(x_adv * 255, (x_adv * 255).round(), atol=1e-4)
         assert saved == (not samples.robust_8bit[clean.sample_id])
         found, lost = found + 1, lost + (not saved)

@@ -105,7 +105,7 @@ def assert_optimal(model: nn.Module, name: str, norm: str, x: Tensor) -> None:
 @pytest.mark.parametrize(("shape", "classes"), [((3, 8, 8), 10), ((1, 28, 28), 2), ((1, 28, 28), 10)])
 @pytest.mark.parametrize(("name", "norm"), ATTACKS)
 def test_linear_networks_break_at_the_closed_form(name, norm, shape, classes):
-    x = torch.cat([images(32, shape, 5), sketches(32, shape, 5)])
+    x = torch.cat([images(16, shape, 5), sketches(16, shape, 5)])
     assert_optimal(linear(x, classes, seed=3), name, norm, x)
 
 

@@ -696,13 +696,13 @@ def test_npz_holds_the_verified_successes(store: Store, folder: Path) -> None:
     saved = list(store.adversarials())
     with np.load(folder / "adversarials.npz") as arrays:
         assert {name: arrays[name].dtype.kind for name in arrays} == {
-            "x": "f", "x_adv": "f", "labels": "i", "ids": "U", "attacks": "U",
+            "x": "f", "x_adv": "f", "labels": "i", "ids": "U", "attacks": "U", "eps": "f",
         }  # fmt: skip
         assert arrays["x"].shape == (len(saved), 3, 12, 12) and arrays["x"].dtype == np.float32
         assert arrays["labels"].dtype == np.int64
-        for k, (clean, attack, x, x_adv) in enumerate(saved):
+        for k, (clean, attack, eps, x, x_adv) in enumerate(saved):
             assert (arrays["ids"][k], arrays["attacks"][k]) == (clean.sample_id, attack)
-            assert arrays["labels"][k] == clean.label
+            assert (arrays["labels"][k], arrays["eps"][k]) == (clean.label, eps)
             assert (arrays["x"][k] == x).all() and (arrays["x_adv"][k] == x_adv).all()
 
 

@@ -211,9 +211,9 @@ def test_the_best_pictures_stay_whatever_the_order_of_arrival(tmp_path):
 
 def test_adversarials_come_back(store):
     x = np.random.default_rng(0).random((3, 4, 5), np.float32)
-    store.add_unit(0, "pgd", 0, [], adversarials=[(0, x, x / 2)])
-    ((row, attack, got, got_adv),) = store.adversarials()
-    assert (row.sample_id, attack) == ("id0", "pgd")
+    store.add_unit(0, "pgd", 0, results(0, "pgd", True), adversarials=[(0, x, x / 2)])
+    ((row, attack, eps, got, got_adv),) = store.adversarials()
+    assert (row.sample_id, attack, eps) == ("id0", "pgd", 0.1)
     assert np.array_equal(got, x) and np.array_equal(got_adv, x / 2)
 
 

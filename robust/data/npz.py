@@ -95,7 +95,7 @@ def _check(x: _Array, y: _Array, path: Path, model: Model) -> None:
     if model.input_size not in (None, shape):
         raise InputError(
             f"{found}, so its images are {size_text(shape)}, and {model.name} takes "
-            f"{size_text(model.input_size)}: {layout}, at the model's size"
+            f"{size_text(model.input_size)}: {layout}, at the model's size; or name that with --input-size"
         )
 
 
