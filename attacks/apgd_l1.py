@@ -66,7 +66,7 @@ def step(steps: int, state: State, loss: Tensor, grad: Tensor) -> SparseState:
     flat = grad.flatten(1).abs()
     moving = d - ((1 - state.changed / d / 1.5) * d).long().clamp_(0, d - 1)
     least = flat.topk(int(moving.max())).values.gather(1, moving[:, None] - 1)
-    sparse = per_slot(torch.ones_like(loss), x) * grad.sign() * (flat >= least).view_as(x)
+    sparse = grad.sign() * (flat >= least).view_as(x)
     moved = sparse.mul_(per_slot(state.size * radius / sparse.flatten(1).abs().sum(1).clamp_(min=1e-10), x))
     onward = x + project_l1_box(x, here + moved - x, radius)
 

@@ -22,6 +22,7 @@ import typer
 from robust.errors import InputError
 
 UNREAD = 141
+SPINS = "3000"  # about 50 microseconds
 
 MODEL = "Model"  # the panels of --help that these are in
 ModelSpec = Annotated[
@@ -58,6 +59,7 @@ SkipBadImages = Annotated[
 
 def main(command: Callable[..., Any]) -> NoReturn:
     """Run a typer command function on sys.argv, and exit."""
+    _wait_briefly()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
     app.command()(_interruptible(command))
     for stream in (sys.stdout, sys.stderr):
@@ -87,6 +89,17 @@ def main(command: Callable[..., Any]) -> NoReturn:
         if usage is None:
             _fault()
         _fail(f"{usage()} (see --help)")
+
+
+def _wait_briefly() -> None:
+    """Have threads that wait for each other fall asleep soon, unless the user has settled how they wait.
+
+    By default GNU's OpenMP, torch's on Linux, has them spin for milliseconds. Where another process wants the core of
+    one of them they only keep each other from it: a run then takes thirty times as long. It is read when torch is
+    imported, so only a command can set it (https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def _interruptible(command: Callable[..., Any]) -> Callable[..., Any]:

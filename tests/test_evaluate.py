@@ -151,6 +151,21 @@ def test_help_needs_neither_torch_nor_pandas():
         assert option in done.stdout
 
 
+def test_threads_of_a_command_do_not_spin_for_long(monkeypatch):
+    """As torch's own OpenMP says that it was told; what the user has settled stands."""
+    told = dict(os.environ, OMP_DISPLAY_ENV="verbose")
+    done = subprocess.run(
+        [sys.executable, "-m", "robust.evaluate", "--list-models"], cwd=ROOT, env=told, capture_output=True, text=True
+    )
+    if "GOMP_" not in done.stderr:
+        pytest.skip("this torch computes with another OpenMP than GNU's")
+    assert f"GOMP_SPINCOUNT = '{cli.SPINS}'" in done.stderr
+    for given, spins in (({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)):
+        monkeypatch.setattr(os, "environ", dict(given))
+        cli._wait_briefly()
+        assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
 def test_the_line_on_the_way_counts_what_stands_of_what_is_done(project, capsys, monkeypatch):
     """No share of it, for what breaks is done first."""
     monkeypatch.setattr("robust.progress.SECONDS_BETWEEN_LINES", -1)
