@@ -25,7 +25,7 @@ from attacks.norms import per_slot
 @dataclass(frozen=True, kw_only=True)
 class DDN(Closing):
     """`steps` steps: the first tenth of them (10 at most) ask at the start about one wrong class each, the last tenth
-    search between the best point and the image.
+    (10 at most) search between the best point and the image.
 
     steps: at least 1; every point is judged, the start and the last one included.
     gamma: the share by which the radius shrinks and grows, in (0, 1); the paper has 0.05.

@@ -34,7 +34,7 @@ class SigmaZeroState(ClosingState):
 @dataclass(frozen=True, kw_only=True)
 class SigmaZero(Closing):
     """`steps` steps: the first tenth of them (10 at most) ask at the start about one wrong class each, the last tenth
-    leave out values of the best point, those between are Adam's.
+    (10 at most) leave out values of the best point, those between are Adam's.
 
     steps: at least 1; every point is judged, the start and the last one included.
     step_size: of the first step, in pixels of [0, 1]. It falls to a tenth along a cosine.

@@ -27,12 +27,13 @@ from robust.errors import InputError
 from robust.harness import Listener, evaluate
 from robust.models import load_model
 from robust.models.model import Model, fingerprint
-from robust.models.prepare import frozen
+from robust.models.prepare import frozen, in_training
 from robust.models.probe import check_parameters, count_classes, describe, device_of
 from robust.models.scratch import from_scratch
 from robust.options import Options, default_attacks, parse_eps, parse_names, parse_number
 from robust.plan import check_options, make_plan
 from robust.precision import undisturbed
+from robust.randomness import put_back
 from robust.store import FILENAME, Finding, Store, differences, holds_run, require_no_files
 
 
@@ -72,7 +73,7 @@ class Run:
 
 
 @undisturbed()
-@torch.random.fork_rng(devices=())  # a DataLoader draws a seed from it when it is read
+@put_back([])  # a DataLoader draws a seed when it is read, and a random model when it is looked at
 def run(
     model: nn.Module | Model | str,
     data: Iterable[Any] | str = "samples",
@@ -356,7 +357,7 @@ def _wrap(module: nn.Module, first: Sample, class_names: Sequence[str] | None) -
         num_classes=num_classes,
         class_names=None if names is None else tuple(map(str, names)),  # numpy's strings are no JSON
         fingerprint=fingerprint(module),
-        was_training=any(part.training for part in module.modules()),
+        was_training=in_training(module),
     )
 
 
@@ -401,7 +402,10 @@ def _radii(eps: float | str | Sequence[float] | torch.Tensor | np.ndarray | None
         return parse_eps(eps)
     if isinstance(eps, torch.Tensor | np.ndarray):
         eps = eps.tolist()
-    return tuple(_number("eps", value) for value in (eps if isinstance(eps, Iterable) else [eps]))
+    radii = tuple(_number("eps", value) for value in (eps if isinstance(eps, Iterable) else [eps]))
+    if not radii:
+        raise InputError("eps is empty: give radii, or None for some that suit the images")
+    return radii
 
 
 def _number(name: str, value: Any) -> float:

@@ -93,9 +93,17 @@ def _circumstances(comparison: Comparison) -> Iterator[str]:
 
 
 def _among_correct(comparison: Comparison) -> str:
-    """Whether robustness fell as well, or only what it starts from: looked at where both networks are right."""
-    row = comparison.headline.row
+    """Whether robustness fell as well, or only what it starts from: looked at where both networks are right, at the
+    largest eps that one of these images withstood before."""
     both = comparison.baseline.clean & comparison.current.clean
+    worst = sorted((row for row in comparison.pairs if row.attack == WORST_CASE), key=lambda row: row.eps)
+    withstood = [row for row in worst if comparison.pairs[row][0][both].any()]
+    if not withstood:
+        return (
+            "No image that both classify correctly unchanged withstood the worst case before: whether robustness "
+            "itself fell cannot be told."
+        )
+    row = withstood[-1]
     before, after = (verdicts[both] for verdicts in comparison.pairs[row])
     fell, rose = int((before & ~after).sum()), int((after & ~before).sum())
     if fell <= rose:
@@ -111,7 +119,7 @@ def _among_correct(comparison: Comparison) -> str:
 
 def _not_compared(comparison: Comparison) -> Iterator[str]:
     baseline, current = comparison.baseline, comparison.current
-    asked = comparison.rules.min_robust_accuracy is not None and not comparison.rules.eps
+    asked = comparison.rules.min_robust_accuracy is not None
     also = "; the least robust accuracy is asked of it too" if asked else ""
     known = {row.attack for row in baseline.robust}
     if extra := sorted({visible(row.attack) for row in current.robust if row.attack not in known}):
@@ -120,7 +128,7 @@ def _not_compared(comparison: Comparison) -> Iterator[str]:
     beyond = sorted({row[1:] for row in current.robust if row.eps > largest * (1 + 1e-6) and row.attack in known})
     if beyond:
         said = ", ".join(format_eps(eps, norm) for norm, eps in beyond)
-        yield f"Only the current run has eps {said}: left out{also}."
+        yield f"Only the current run has eps {said}: left out{'' if comparison.rules.eps else also}."
 
 
 def _nothing_to_lose(comparison: Comparison) -> Iterator[str]:

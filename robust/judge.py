@@ -278,9 +278,11 @@ def reach(eps: Any, norm: str, pixels: int) -> Any:
 def round_to_8bit(x: Tensor, x_adv: Tensor, eps: float | Tensor, norm: str) -> Tensor:
     """x_adv (N, C, H, W) as it comes back from an 8-bit image file, kept within eps of x where that can be.
 
-    eps is one for all or (N,). Rounds to the nearest of 256 levels; in linf, to the nearest of those within eps; in l2,
-    where the nearest leave the ball, towards x. (Where x itself lies between levels there may be none within eps.)
+    eps is one for all or (N,). Rounds to the nearest of 256 levels; in linf, to the nearest of those within eps; in
+    other norms, where the nearest leave the ball, towards x. (Where x itself lies between levels there may be none
+    within eps.) In l1 and l0, where few values change, the others are not rounded: that would be most of the distance.
     """
+    kept = (x_adv == x) & (norm in ("l1", "l0"))
     levels = (x_adv * 255).round()
     if norm == "linf":
         slack, radius = TOLERANCE * 255 / 2, per_slot(eps, x) if isinstance(eps, Tensor) else eps
@@ -288,8 +290,6 @@ def round_to_8bit(x: Tensor, x_adv: Tensor, eps: float | Tensor, norm: str) -> T
         levels = levels.clamp(low, high)
     else:
         towards = (x * 255).round() + ((x_adv - x) * 255).trunc()
-        leaves = NORMS[norm].distance(levels / 255 - x) > eps
+        leaves = NORMS[norm].distance(torch.where(kept, 0, levels / 255 - x)) > eps
         levels = torch.where(per_slot(leaves, x), towards, levels)
-    rounded = levels.clamp(0, 255) / 255
-    # Where few values change, rounding the others too would be most of the distance.
-    return torch.where(x_adv == x, x, rounded) if norm in ("l1", "l0") else rounded
+    return torch.where(kept, x, levels.clamp(0, 255) / 255)

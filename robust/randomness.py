@@ -27,29 +27,38 @@ def watched(module: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
 @contextmanager
 def seeded(seed: int = 0) -> Iterator[None]:
     """The generators of torch, Python and numpy at `seed`; afterwards they are as they were."""
-    pythons, numpys = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with put_back(None):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(pythons)
-            np.random.set_state(numpys)
+        yield
 
 
 def seed_unit(seed: int, start: int, what: str) -> None:
     """Give a random model the same draws in this unit, whatever came before it."""
     digest = hashlib.sha256(f"{seed} {start} {what}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little"))
+    random.seed(digest)
+    np.random.seed(np.frombuffer(digest, np.uint32))
 
 
 @contextmanager
 def own_randomness(device: torch.device) -> Iterator[None]:
-    """Torch's global generators put back as they were; a model that is random draws from them."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    """The global generators put back as they were; a model that is random draws from them."""
+    with put_back([device] if device.type == "cuda" else []):
         yield
+
+
+@contextmanager
+def put_back(devices: list[torch.device] | None) -> Iterator[None]:
+    """The generators of torch, on these GPUs or all, of Python and of numpy as they were."""
+    pythons, numpys = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(pythons)
+            np.random.set_state(numpys)
 
 
 def _states() -> list[Any]:

@@ -203,12 +203,13 @@ class WithExtraState(nn.Module):
         return self.net(x)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
-@pytest.mark.parametrize("kind", ["extra state", "script", "export"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script", "ignore:.*torch.jit.freeze")
+@pytest.mark.parametrize("kind", ["extra state", "script", "frozen script", "export"])
 def test_modules_of_every_kind(kind, model, data):
     make = {
         "extra state": lambda: WithExtraState(3),
         "script": lambda: torch.jit.script(conv_net()),
+        "frozen script": lambda: torch.jit.freeze(torch.jit.script(conv_net())),
         "export": lambda: torch.export.export(
             conv_net(), (data[0],), dynamic_shapes=({0: torch.export.Dim("rows", min=1, max=64)},)
         ).module(),
@@ -331,6 +332,7 @@ def test_what_is_wrong_whatever_the_model_is_is_said_before_it_is_loaded(data, u
         ({"norm": 2}, "unknown norm '2'; did you mean l2"),
         ({"conv": 3}, "unknown conv '3'"),
         ({"eps": [None]}, "eps must be a number, not None"),
+        ({"eps": []}, "eps is empty"),
         ({"eps": True}, "eps must be a number, not True"),
         ({"class_names": range(5)}, "class_names must be 5 strings, in label order"),
         ({"device": "meta"}, "device 'meta' cannot be used"),

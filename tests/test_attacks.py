@@ -184,6 +184,20 @@ def test_ladder_ends_on_the_rung_of_the_closed_form(norm):
     assert None in expected and len(set(expected)) > 3
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_mi_fgsm_by_hand(norm):
+    """Steps of eps / steps along the sum of the gradients so far, each of l1 size 1 (arXiv 1710.06081)."""
+    model, x, eps = conv_net().double(), images(6).double(), 1 / 64  # exact in float32, as is a quarter
+    y, point, momentum = predictions(model, x), images(6).double(), torch.zeros(6, 3, 12, 12, dtype=torch.float64)
+    for asked in queries(attacks.make("mi-fgsm", norm, steps=4), model, x, y, eps):
+        torch.testing.assert_close(asked, point, atol=1e-12, rtol=0)
+        query = point.requires_grad_()
+        (grad,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model(query), y, reduction="sum"), query)
+        momentum = momentum + grad / grad.abs().sum((1, 2, 3), keepdim=True)
+        way = momentum.sign() if norm == "linf" else momentum / momentum.square().sum((1, 2, 3), keepdim=True).sqrt()
+        point = (point.detach() + eps / 4 * way).clamp(0, 1)
+
+
 # What every attack keeps
 
 

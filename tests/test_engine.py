@@ -148,6 +148,19 @@ def test_runs_begun_ahead_of_their_turn_change_nothing(name, norm, options, leas
         assert fewer < calls / 16
 
 
+@pytest.mark.parametrize("name", ["fmn", "pgd"])
+def test_a_gradient_that_is_no_number_in_places_shows_no_way_there(name):
+    net, x = conv_net(), images(30, seed=3)
+    x[:, :, 4, 4] = 0.5
+    y = net(x).argmax(1)
+    nowhere = Outputs(lambda x: net(x) + 0 * (x - 0.5).abs().sqrt().sum((1, 2, 3))[:, None])  # 0 * inf at 0.5
+    broken = []
+    for model in (net, nowhere):
+        made = run(model, attacks.make(name, "linf", steps=20), x, y, [0.05], slots=30)
+        broken.append(sum(outcome.rung is not None for outcome in made))
+    assert broken[1] > 0.8 * broken[0] > 5
+
+
 def test_runs_ahead_of_their_turn_take_the_slots_that_are_left_alone():
     attack = attacks.make("pgd", "linf", steps=4, restarts=8)
     model = Recorder(Outputs(robust_tenth))

@@ -318,7 +318,11 @@ def test_the_least_robust_accuracy_is_asked_of_what_the_baseline_lacks_too():
     assert compare(before, larger, rules).answer == (
         "FAIL: worst case at linf 0.2 is 20.0 %, below the 40.0 % asked for"
     )
-    assert compare(before, larger, Rules(max_drop=1, min_robust_accuracy=0.4, eps=(0.1,))).passed
+    only = Rules(max_drop=1, min_robust_accuracy=0.4, eps=(0.1,))
+    assert compare(before, larger, only).passed
+    both = verdicts({(name, eps): [1, 1] + [0] * 8 for name in ("noise", "pgd") for eps in (0.1, 0.2)})
+    attack, eps = (note for note in compare(before, both, only).notes if note.startswith("Only the current run"))
+    assert attack.endswith("the least robust accuracy is asked of it too.") and eps.endswith("has eps 0.2: left out.")
 
 
 def test_the_answer_is_one_sentence_with_the_numbers():
@@ -351,6 +355,15 @@ def test_a_fall_of_the_clean_accuracy_is_told_from_one_of_robustness():
     assert (
         answer(clean=(90, 40), pgd=(10, 5)).causes[1].endswith("5 now: robustness itself did not fall significantly.")
     )
+    # Where none withstood before nothing fell; it is looked at where some did.
+    low, high = ("pgd", 0.1), ("pgd", 0.2)
+    before = verdicts({low: share(100, 20), high: share(100, 0)}, clean=share(100, 90))
+    fallen = verdicts({low: share(100, 0), high: share(100, 0)}, clean=share(100, 40))
+    assert compare(before, fallen).causes[1] == (
+        "Of the 40 images that both classify correctly unchanged, 20 withstood the worst case at linf 0.1 before and "
+        "0 now: robustness itself fell as well."
+    )
+    assert answer(clean=(90, 40), pgd=(0, 0)).causes[1].endswith("whether robustness itself fell cannot be told.")
     (robust, same) = answer(clean=(90, 89), pgd=(50, 35)).causes
     assert robust.endswith("(90.0 % before, 89.0 % now): it is robustness itself that fell.")
     assert same == "The weights are the same, so code outside of them changed."

@@ -171,6 +171,10 @@ def test_rounding_to_8_bits_lands_on_the_grid_and_in_the_ball(norm, levels, seed
     assert float(rounded.min()) >= 0 and float(rounded.max()) <= 1
     if on_grid:
         assert bool(within(NORMS[norm].distance(rounded - x), eps, norm, 32).all())
+    # The nearest levels, where they lie inside.
+    nearest = torch.where(lands, ((x + delta).clamp(0, 1) * 255).round() / 255, x)
+    inside = NORMS[norm].distance(nearest - x) < eps * (1 - 1e-6)
+    torch.testing.assert_close(rounded[inside], nearest[inside], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 10.3 / 255), ("l2", 0.7)])

@@ -1,5 +1,7 @@
 """A run goes on where it was interrupted, and only on what it was begun with."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -117,7 +119,7 @@ def test_a_run_does_not_resume_with_another_surrogate_of_the_same_weights(model,
         robust.run(model, surrogate=Shifted(0.1), **arguments, resume=True)
 
 
-@pytest.mark.parametrize("generator", ["torch", "numpy"])
+@pytest.mark.parametrize("generator", ["torch", "numpy", "python"])
 def test_a_random_model_resumes(generator, data, tmp_path):
     class Noisy(nn.Module):
         def __init__(self):
@@ -125,12 +127,32 @@ def test_a_random_model_resumes(generator, data, tmp_path):
             self.net = conv_net()
 
         def forward(self, x):
-            noise = torch.randn_like(x) if generator == "torch" else torch.tensor(np.random.randn(*x.shape)).to(x)
+            if generator == "torch":
+                noise = torch.randn_like(x)
+            elif generator == "numpy":
+                noise = torch.tensor(np.random.randn(*x.shape)).to(x)
+            else:
+                noise = torch.full_like(x, random.gauss())
             return self.net(x + 0.3 * noise)
 
-    arguments = {"data": data, "attacks": ["fgsm"], "eps": [0.02], "output": tmp_path / "run"}
+    class Stop(Exception):
+        pass
+
+    def stopping(self, start, attack, *args, **kwargs):
+        if attack == "noise":
+            raise Stop
+        return add_unit(self, start, attack, *args, **kwargs)
+
+    add_unit, before = robust.api.Store.add_unit, (random.getstate(), np.random.get_state()[1].tolist())
+    arguments = {"data": data, "attacks": ["pgd", "noise"], "eps": [0.02], "steps": 4, "batch_size": 2}
     first = robust.run(Noisy(), **arguments)
-    assert robust.run(Noisy(), **arguments, resume=True).samples.equals(first.samples)
+    assert first.samples.success.any()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(robust.api.Store, "add_unit", stopping)
+        robust.run(Noisy(), **arguments, output=tmp_path / "run")
+    resumed = robust.run(Noisy(), **arguments, output=tmp_path / "run", resume=True)
+    assert resumed.samples.equals(first.samples)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
 
 
 def test_a_run_does_not_resume_with_another_version_of_an_attack(model, data, tmp_path, monkeypatch):

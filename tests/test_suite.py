@@ -207,7 +207,7 @@ def test_every_success_in_l1_and_l0_stands_up_to_an_independent_check(model, dat
     samples = run.samples.set_index(["sample_id", "attack", "eps"])
     saved = list(run.store.adversarials())
     assert len(saved) > 20
-    for clean, attack, x_clean, x_adv in saved:
+    for clean, attack, _, x_clean, x_adv in saved:
         delta = x_adv.astype(np.float64) - x_clean
         size = np.abs(delta).sum() if norm == "l1" else np.count_nonzero(delta)
         wrong = int(model(torch.tensor(x_adv)[None]).argmax()) != int(y[int(clean.sample_id)])

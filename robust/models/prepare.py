@@ -24,10 +24,15 @@ TWIN_TOLERANCE = 5e-3  # of a twin's logits, as a share of the largest; a wrong 
 ROUNDING = 1e-4  # of one module's logits, by the order of its sums, as a share of the largest; seen are 2e-6
 
 
+def in_training(module: nn.Module) -> bool:
+    """Whether any part of it is in training mode; torch.jit.freeze leaves parts that have no mode."""
+    return any(getattr(part, "training", False) for part in module.modules())
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[nn.Module]:
     """The module in eval mode and without gradients for its parameters; both are put back, part by part."""
-    training = [(part, part.training) for part in module.modules()]
+    training = [(part, part.training) for part in module.modules() if hasattr(part, "training")]
     requires_grad = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     try:
         with suppress(NotImplementedError):  # an exported program has no modes

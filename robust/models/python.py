@@ -16,6 +16,7 @@ from robust.errors import InputError, unknown
 from robust.models import imagenet
 from robust.models.checkpoint import load_into, read_state_dict
 from robust.models.model import Model, Preprocess, fingerprint
+from robust.models.prepare import in_training
 from robust.models.probe import IMAGENET, Size, describe, find_input_size, first_accepted
 
 
@@ -45,7 +46,7 @@ def load(name: str, weights: Path | None, input_size: int | None) -> Model:
         raise InputError(f"{name} returned a {type(module).__name__}; it must return a torch.nn.Module")
     if weights is not None:
         load_into(module, read_state_dict(weights), weights)
-    was_training = any(part.training for part in module.modules())
+    was_training = in_training(module)
     module.eval()
     size, classes, preprocess = _input(module, input_size)
     class_names = _class_names(module, classes)
