@@ -34,7 +34,7 @@ from robust.options import Options, default_attacks, parse_eps, parse_names, par
 from robust.plan import check_options, make_plan
 from robust.precision import undisturbed
 from robust.randomness import put_back
-from robust.store import FILENAME, Finding, Store, differences, holds_run, require_no_files
+from robust.store import FILENAME, Busy, Finding, Store, differences, holds_run, require_no_files
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def execute(
         evaluate(model, data, options, planned, store, listener)
     except Exception as error:
         begun = bool(store.seconds())
-        if resumed:  # it may be another process's, which has just begun
+        if resumed or isinstance(error, Busy):  # it may be another process's, which has just begun
             store.close()
         else:
             store.close_and_discard_if_empty()

@@ -96,14 +96,14 @@ def _among_correct(comparison: Comparison) -> str:
     """Whether robustness fell as well, or only what it starts from: looked at where both networks are right, at the
     largest eps that one of these images withstood before."""
     both = comparison.baseline.clean & comparison.current.clean
-    worst = sorted((row for row in comparison.pairs if row.attack == WORST_CASE), key=lambda row: row.eps)
-    withstood = [row for row in worst if comparison.pairs[row][0][both].any()]
+    pairs = comparison.pairs.items()
+    withstood = [row for row, (before, _) in pairs if row.attack == WORST_CASE and before[both].any()]
     if not withstood:
         return (
             "No image that both classify correctly unchanged withstood the worst case before: whether robustness "
             "itself fell cannot be told."
         )
-    row = withstood[-1]
+    row = max(withstood, key=lambda row: row.eps)
     before, after = (verdicts[both] for verdicts in comparison.pairs[row])
     fell, rose = int((before & ~after).sum()), int((after & ~before).sum())
     if fell <= rose:

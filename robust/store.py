@@ -83,6 +83,10 @@ CREATE TABLE finding (name TEXT PRIMARY KEY, level TEXT NOT NULL, message TEXT N
 """
 
 
+class Busy(InputError):
+    """Another process has written what this one was about to."""
+
+
 @dataclass(frozen=True)
 class Clean:
     """What the model says of one unchanged sample."""
@@ -475,7 +479,7 @@ class Store:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             if isinstance(error, sqlite3.IntegrityError):  # these rows were not there when this process looked
-                raise InputError(BUSY) from None
+                raise Busy(BUSY) from None
             raise
 
     def _put(self, **values: Any) -> None:

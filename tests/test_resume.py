@@ -155,6 +155,24 @@ def test_a_random_model_resumes(generator, data, tmp_path):
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before
 
 
+def test_a_run_that_another_process_took_over_is_left_to_it(model, data, tmp_path, monkeypatch):
+    add_clean = robust.api.Store.add_clean
+
+    def overtaken(self, rows):
+        other = robust.api.Store.open(tmp_path / robust.api.FILENAME)  # as --resume does
+        add_clean(other, rows)
+        other.close()
+        add_clean(self, rows)
+
+    arguments = {"attacks": ["fgsm"], "eps": [0.02], "output": tmp_path}
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="another process is writing this run"):
+        patch.setattr(robust.api.Store, "add_clean", overtaken)
+        robust.run(model, data, **arguments)
+    assert (tmp_path / robust.api.FILENAME).is_file()
+    expected = robust.run(model, data, **arguments | {"output": None})
+    assert robust.run(model, data, **arguments, resume=True).samples.equals(expected.samples)
+
+
 def test_a_run_does_not_resume_with_another_version_of_an_attack(model, data, tmp_path, monkeypatch):
     few = data[0][:6], data[1][:6]
     arguments = {"data": few, "attacks": ["autoattack"], "eps": [0.02], "output": tmp_path / "run"}
