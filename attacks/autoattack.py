@@ -32,7 +32,6 @@ class Ensemble:
     stages: tuple[Attack, ...]
     draws: int = 1
     left_out: tuple[str, ...] = ()
-    targeted: ClassVar[bool] = False
     budget: ClassVar[Literal["fixed"]] = "fixed"  # FAB's part ends within eps
     source: ClassVar[str] = "arXiv 2003.01690"
 

@@ -21,7 +21,7 @@ BEYOND = 1.005  # the first point behind the boundary of the linear model, as a 
 HAIR = 1e-4  # by how much more than the gap to the boundary it aims, as a share of the gap
 START = 0.1  # size of the noise in each value from which restarts begin
 FAINT = 1e-6  # weight of the random direction that stands in for a gradient until there is one
-TINY = 1e-12
+TINY = 1e-12  # the least distance that is divided by
 
 
 @dataclass(kw_only=True)
@@ -158,4 +158,4 @@ def thinned(best: Tensor, turn: Tensor) -> Tensor:
 
 def alive(grad: Tensor, direction: Tensor) -> Tensor:
     """`grad`, or `direction` where it is zero."""
-    return torch.where(per_slot(grad.flatten(1).abs().amax(1) > TINY, grad), grad, direction)
+    return torch.where(per_slot(grad.flatten(1).abs().amax(1) > 0, grad), grad, direction)

@@ -86,8 +86,9 @@ class FMN(Closing):
             smaller = torch.minimum(smaller.floor(), state.radius - 1).clamp(min=1)
             larger = torch.maximum(larger.floor(), state.radius + 1)
         else:
-            slope = torch.linalg.vector_norm(grad.flatten(1), DUAL[self.norm], dim=1).clamp(min=TINY)
-            guess = self.ball.distance(state.query - state.x) + self.loss(logits, state).abs() / slope
+            slope = torch.linalg.vector_norm(grad.flatten(1), DUAL[self.norm], dim=1)
+            gap = self.loss(logits, state).abs() / slope.clamp(min=torch.finfo(grad.dtype).tiny)
+            guess = self.ball.distance(state.query - state.x) + gap
             larger = torch.where(state.best_distance.isfinite(), larger, guess * (1 + gamma))
         return torch.where(state.fooled, smaller, larger).minimum(state.farthest)
 

@@ -12,8 +12,6 @@ from attacks.noise import Noise
 
 
 class Norm(ABC):
-    name: str
-
     @abstractmethod
     def distance(self, delta: Tensor) -> Tensor:
         """Size of each perturbation, (B,)."""
@@ -35,8 +33,6 @@ class Norm(ABC):
 
 
 class Linf(Norm):
-    name = "linf"
-
     def distance(self, delta: Tensor) -> Tensor:
         return delta.abs().flatten(1).amax(1)
 
@@ -53,8 +49,6 @@ class Linf(Norm):
 
 
 class L2(Norm):
-    name = "l2"
-
     def distance(self, delta: Tensor) -> Tensor:
         # In float32 a sum over 150,528 squares is off by more than a projection may be.
         return torch.linalg.vector_norm(delta.flatten(1), dim=1, dtype=torch.float64).to(delta.dtype)
@@ -75,8 +69,6 @@ class L2(Norm):
 
 
 class L1(Norm):
-    name = "l1"
-
     def distance(self, delta: Tensor) -> Tensor:
         return delta.flatten(1).abs().sum(1, dtype=torch.float64).to(delta.dtype)
 
@@ -96,8 +88,6 @@ class L1(Norm):
 
 class L0(Norm):
     """How many values differ; a colour pixel has three."""
-
-    name = "l0"
 
     def distance(self, delta: Tensor) -> Tensor:
         return (delta != 0).flatten(1).sum(1).to(delta.dtype)

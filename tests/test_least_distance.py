@@ -15,7 +15,7 @@ from attacks import engine
 from attacks.closing import onto_l0
 from attacks.fmn import vertex
 from attacks.norms import NORMS
-from toys import at_their_own, conv_net, images, tasks
+from toys import Outputs, at_their_own, conv_net, images, tasks
 
 pytestmark = pytest.mark.long
 
@@ -214,6 +214,29 @@ def test_classes_that_are_level_at_the_image_are_told_apart_beside_it(name, norm
     model = linear(x, 5, seed=3)  # without a bias that is not zero
     found = distances(model, name, norm, x, model(x).argmax(1)).item()
     assert found == 1 if norm == "l0" else found < 1e-3
+
+
+@pytest.mark.parametrize(("name", "norm"), [each for each in CLOSING if each[0] != "sigma-zero"])
+def test_the_scale_of_logits_changes_no_distance(name, norm):
+    """Which boundary is nearest does not depend on it. sigma-zero weighs logits against the number of values."""
+    model, x = conv_net(), images(10, seed=2)
+    y = model(x).argmax(1)
+    as_it_is = distances(model, name, norm, x, y)
+    for scale in (2.0**-40, 2.0**40):  # exact
+        assert torch.equal(distances(Outputs(lambda x, scale=scale: model(x) * scale), name, norm, x, y), as_it_is)
+
+
+@pytest.mark.parametrize(("name", "norm"), CLOSING)
+def test_without_a_gradient_points_are_images_nevertheless(name, norm):
+    """A linear model's boundary is then at infinity, and the ball must not grow beyond the box."""
+    asked = []
+
+    def level(x: Tensor) -> Tensor:
+        asked.append(x.detach())
+        return x.flatten(1)[:, :2] * 0 + torch.tensor([1.0, 0.0])
+
+    assert distances(Outputs(level), name, norm, images(4), torch.zeros(4, dtype=torch.long)).isinf().all()
+    assert all(bool(((x >= 0) & (x <= 1)).all()) for x in asked)  # of NaN, neither
 
 
 @pytest.mark.parametrize(("name", "norm"), [each for each in CLOSING if each[1] != "l0"])
