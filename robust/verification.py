@@ -20,15 +20,23 @@ from robust.data.sample import Dataset, Sample
 from robust.device import pick_device, share_of_cores
 from robust.environment import environment, now
 from robust.errors import InputError, unknown
+from robust.models.asking import logits_of
 from robust.models.model import Model
 from robust.models.probe import count_classes, describe
 from robust.options import MOST_ROWS, Options, check_between
-from robust.preflight import check_keeps_input, has_input_gradient
+from robust.precision import arithmetic
+from robust.preflight import check_keeps_input, has_input_gradient, inspect_model
 
 ATTACKS = ("fgsm", "pgd")
 PRECISIONS = [name for name in gates.PRECISIONS if name != "float64"]
 BATCH = {"cpu": 2, "cuda": 32}  # images in a convolution at full size
 SHOWN = 3  # failures in the answer
+
+# Findings of robust/preflight.py with which a network differs from itself, and what then is said.
+UNLIKE_ITSELF = {
+    "deterministic": "two passes over the same image differ; take the random numbers out of its forward",
+    "rows independent": "an image's logits depend on its batch; does its eval() leave batch-norm in training mode?",
+}
 
 Listener = Callable[[str, int, int], None]  # what is being done, how many of it are done, of how many
 
@@ -193,7 +201,8 @@ def _checked(device: str, precision: str, algorithm: str, batch_size: int | None
 
 
 def _checked_network(model: Model, x: Tensor) -> nn.Module:
-    """A frozen copy on x's device; InputError where it is no classifier of such images, or gives no gradient."""
+    """A frozen copy on x's device; InputError where it is no classifier of such images, says now this and now that of
+    one, or gives no gradient."""
     try:
         network = copy.deepcopy(model.module).eval().requires_grad_(False)
     except Exception as error:  # of somebody else's code, and of scripted modules
@@ -205,12 +214,17 @@ def _checked_network(model: Model, x: Tensor) -> nn.Module:
     try:
         check_keeps_input(given, x)
         has_gradient = has_input_gradient(given, x)
+        with arithmetic("float32"):
+            findings = list(inspect_model(given, x, logits_of(network, x, model.num_classes)))
     except InputError:
         raise
     except Exception as error:
         raise InputError(f"{model.name} fails where its images want gradients: {describe(error)}") from error
     if not has_gradient:
         raise InputError("the model passes no gradient back to its input: take no_grad and detach out of its forward")
+    for finding in findings:
+        if finding.name in UNLIKE_ITSELF and finding.level != "pass":
+            raise InputError(f"{model.name} cannot be verified: {UNLIKE_ITSELF[finding.name]}")
     return network
 
 

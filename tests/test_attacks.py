@@ -157,6 +157,23 @@ def test_foolbox_attack_that_raises_is_named():
         run(Broken(), attack, images(2), torch.tensor([0, 1]), [0.1])
 
 
+@pytest.mark.parametrize("name", ["LinfFastGradientAttack", "LinfDeepFoolAttack"])
+def test_foolbox_points_that_are_no_numbers_are_nothing_found(monkeypatch, name):
+    """Of NaN a network may say any class."""
+
+    def call(self, judge, x, criterion, epsilons):
+        points = x.clone()
+        points[1] = torch.nan
+        points[2] = 1 - x[2]
+        return points, points, torch.tensor([False, True, True])
+
+    monkeypatch.setattr(getattr(foolbox.attacks, name), "__call__", call)
+    model, x = conv_net(), images(3)
+    found = run(model, attacks.make(f"foolbox:{name}", "linf"), x, predictions(model, x), [1.0])
+    assert [(o.found, o.rung) for o in found] == [(False, None), (False, None), (True, 0)]
+    assert torch.equal(found[1].x_adv, x[1]) and torch.equal(found[2].x_adv, 1 - x[2])
+
+
 # Against the closed form
 
 

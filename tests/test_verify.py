@@ -103,6 +103,22 @@ class Detached(Net):
 
 def detached():
     return seeded(Detached)
+
+class Training(Net):
+    def eval(self):
+        return self
+
+def training():
+    net = seeded(Training)
+    net.norm.train()
+    return net
+
+class Dropping(Net):
+    def forward(self, x):
+        return super().forward(F.dropout(x, 0.1, training=True))
+
+def dropping():
+    return seeded(Dropping)
 """
 
 
@@ -427,6 +443,8 @@ def test_layers_that_are_still_torchs_are_named_and_their_names_escaped(project:
         ("--model model.py:nothing", "nothing"),
         ("--model mnist_cnn --data samples:mnist", "on the project's own layers as it is"),
         ("--model model.py:detached", "the model passes no gradient back to its input"),
+        ("--model model.py:training", "training cannot be verified: an image's logits depend on its batch"),
+        ("--model model.py:dropping", "dropping cannot be verified: two passes over the same image differ"),
         ("--output full", "full holds a verification already; name another --output"),
     ],
 )
