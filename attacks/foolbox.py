@@ -7,9 +7,7 @@ Foolbox draws from torch's, numpy's and Python's global generators: they are see
 as they were. Its noise is therefore keyed by batch, not by sample.
 """
 
-import contextlib
 import inspect
-import random
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.attack import Outcome, Task
+from attacks.generators import seeded
 from attacks.norms import NORMS, per_slot
 
 PREFIX = "foolbox:"
@@ -84,7 +83,7 @@ class FoolboxAttack:
         """Like `attacks.engine.run`, but foolbox judges every point by one draw. AttackFailed where foolbox raises."""
         queue = iter(tasks)
         while batch := list(islice(queue, slots)):
-            with _seeded(seed), warnings.catch_warnings():
+            with seeded(seed), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 try:
                     outcomes = self._attack(model, batch, eps)
@@ -217,17 +216,3 @@ class _Counted(nn.Module):
 def _share(total: int, n: int) -> np.ndarray:
     """`total` evaluations shared out over n samples, so that they add up exactly."""
     return total // n + (np.arange(n) < total % n)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from attacks import Ensemble
+from attacks.generators import put_back
 from reports import REPORTS, write_reports
 from reports.answer import answer
 from robust.data import load_data
@@ -33,7 +34,6 @@ from robust.models.scratch import from_scratch
 from robust.options import Options, default_attacks, parse_eps, parse_names, parse_number
 from robust.plan import check_options, make_plan
 from robust.precision import undisturbed
-from robust.randomness import put_back
 from robust.store import FILENAME, Busy, Finding, Store, differences, holds_run, require_no_files
 
 
@@ -73,7 +73,7 @@ class Run:
 
 
 @undisturbed()
-@put_back([])  # a DataLoader draws a seed when it is read, and a random model when it is looked at
+@put_back()  # a DataLoader draws a seed when it is read, and a random model when it is looked at
 def run(
     model: nn.Module | Model | str,
     data: Iterable[Any] | str = "samples",
@@ -373,7 +373,7 @@ def _check_reads(surrogate: nn.Module, name: str, first: Sample) -> None:
                 f"the surrogate {name} cannot read the model's images of {size}; name one of the same input size"
             ) from None
         try:
-            with torch.random.fork_rng(), torch.enable_grad():
+            with put_back(), torch.enable_grad():
                 x = torch.rand(2, *first.x.shape, device=device_of(surrogate)).requires_grad_()
                 passes = surrogate(x).requires_grad
         except Exception as error:  # a user's network may raise anything

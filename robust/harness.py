@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import attacks
 from attacks.engine import padded
+from attacks.generators import put_back
 from attacks.noise import sample_key
 from robust.certify import Certifier, Contradiction, NoBounds
 from robust.data.sample import Dataset, Sample
@@ -37,7 +38,7 @@ from robust.options import Options
 from robust.plan import Plan, is_minimal, is_spared
 from robust.precision import arithmetic
 from robust.preflight import check_keeps_input, has_input_gradient, inspect_model
-from robust.randomness import own_randomness, seed_unit
+from robust.randomness import seed_unit
 from robust.statistics import CONTROL
 from robust.store import Clean, Picture, Result, Store
 
@@ -75,7 +76,7 @@ def evaluate(
                 stack.enter_context(on(module, plan.device))
                 stack.enter_context(frozen(module))
         stack.enter_context(arithmetic("float32"))
-        stack.enter_context(own_randomness(plan.device))
+        stack.enter_context(put_back())
         keep_freed_memory()
         job: _Job | None = None
         end = 0

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 import robust
+from attacks.generators import seeded
 from robust import cli
 from robust.conv import im2col
 from robust.conv.convert import FUSED, LEFT, REPLACED, NotConverted, convert
@@ -17,7 +18,6 @@ from robust.conv.frozen import FrozenConv2d
 from robust.data import load_data
 from robust.evaluate import evaluate
 from robust.models import load_model
-from robust.randomness import seeded
 from toys import conv_net, images
 
 NETWORKS = [

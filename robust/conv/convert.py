@@ -17,12 +17,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attacks.generators import seeded
 from robust.conv import layers
 from robust.conv.frozen import FrozenConv2d
 from robust.conv.functional import conv2d
 from robust.conv.pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from robust.conv.shapes import inside
-from robust.randomness import is_random, seeded
+from robust.randomness import is_random
 
 REPLACED = "replaced"  # by the project's own layer
 FUSED = "fused"  # into another layer

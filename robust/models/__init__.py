@@ -32,10 +32,10 @@ def load_model(spec: str, weights: Path | None = None, input_size: int | None = 
     """
     if input_size is not None and input_size < 1:
         raise InputError(f"the input size is a number of pixels, at least 1, not {input_size}")
-    import torch
+    from attacks.generators import put_back  # late: it imports torch
 
     source, name = _resolve(spec)
-    with torch.random.fork_rng(devices=[]):  # networks are initialised before their weights are loaded
+    with put_back():  # networks are initialised before their weights are loaded
         model = import_module(SOURCES[source]).load(name, weights, input_size)
     # A path says little in a sentence, and differs between machines: a user's network goes by its function.
     return model if source == "python" else replace(model, name=spec)

@@ -6,6 +6,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from attacks.generators import put_back
 from robust.errors import InputError
 
 Size = tuple[int, int, int]  # (C, H, W)
@@ -26,7 +27,7 @@ def count_classes(module: nn.Module, size: Size) -> int:
     check_parameters(module)
     try:
         x = torch.rand(2, *size, generator=torch.Generator().manual_seed(0), device="cpu").to(device_of(module))
-        with torch.no_grad(), torch.random.fork_rng():  # the network may be random
+        with torch.no_grad(), put_back():  # the network may be random
             logits = module(x)
         fault = _fault(logits)
     except Exception as error:  # a user's network may raise anything
