@@ -127,7 +127,8 @@ def run(
     seed: of every random number, 0 .. 2^64 - 1.
     device: such as "cuda"; None for where the model is.
     conv: "torch", or "scratch" for the same network on the project's own convolution (`robust.conv`).
-    weights, input_size: with a model spec, a state dict (.pth or .safetensors), and the side of the square images.
+    weights, input_size: with a model spec, a state dict (.pth or .safetensors), and the side of the square images, a
+        surrogate's too.
     label, data_root, skip_bad_images: with a data spec, the class of a single image, the folder of torchvision's data
         sets, and whether to leave unreadable images out.
     class_names: of a module, in label order; specs have their own.
@@ -203,10 +204,10 @@ def run(
         model = _wrap(model, first, class_names)
     if isinstance(surrogate, nn.Module):
         first, dataset = _peek(dataset)
-        _check_reads(surrogate, type(surrogate).__name__, first)
+        _check_reads(surrogate, type(surrogate).__name__, first.x.shape)
         surrogate = _wrap(surrogate, first, None)
     elif isinstance(surrogate, str):
-        surrogate = load_surrogate(surrogate)
+        surrogate = load_surrogate(surrogate, input_size)
     done = execute(model, dataset, options, Path(output) if output else None, resume, surrogate=surrogate)
     if output is not None:
         write_reports(done.store, Path(output))
@@ -239,7 +240,7 @@ def execute(
     if options.conv == "scratch":
         model = from_scratch(model, first.x.unsqueeze(0), pick_device(options.device))
     if surrogate is not None:
-        _check_reads(surrogate.module, surrogate.name, first)
+        _check_surrogate(surrogate, first.x.shape)
     planned = make_plan(options, model, class_names, surrogate)
     identity = {
         "model": {
@@ -278,10 +279,12 @@ def execute(
     return Run(store)
 
 
-def load_surrogate(spec: str) -> Model:
-    """The network that attack transfer crafts on; errors say that it is not the model."""
+def load_surrogate(spec: str, input_size: int | None) -> Model:
+    """The network that attack transfer crafts on, at the model's own input size if that is one to choose; errors say
+    that it is not the model.
+    """
     try:
-        return load_model(spec)
+        return load_model(spec, None, input_size)
     except InputError as error:
         raise InputError(f"the surrogate {spec}: {error}") from None
 
@@ -361,20 +364,30 @@ def _wrap(module: nn.Module, first: Sample, class_names: Sequence[str] | None) -
     )
 
 
-def _check_reads(surrogate: nn.Module, name: str, first: Sample) -> None:
-    """InputError where the surrogate cannot read the model's images."""
+def _check_surrogate(surrogate: Model, shape: torch.Size) -> None:
+    """InputError where the surrogate takes other images than the model's, which are of this shape (C, H, W)."""
+    if surrogate.input_size is not None and shape != surrogate.input_size:
+        raise InputError(
+            f"the surrogate {surrogate.name} takes {size_text(surrogate.input_size)} and the model's images are "
+            f"{size_text(shape)}: name one of the same input size, or one for both by --input-size (input_size)"
+        )
+    _check_reads(surrogate.module, surrogate.name, shape)
+
+
+def _check_reads(surrogate: nn.Module, name: str, shape: torch.Size) -> None:
+    """InputError where the surrogate cannot read images of this shape (C, H, W), or gives no gradient at them."""
     with frozen(surrogate):
         try:
-            channels, height, width = first.x.shape
+            channels, height, width = shape
             count_classes(surrogate, (channels, height, width))
         except InputError:
-            size = " x ".join(map(str, first.x.shape))
+            size = " x ".join(map(str, shape))
             raise InputError(
                 f"the surrogate {name} cannot read the model's images of {size}; name one of the same input size"
             ) from None
         try:
             with put_back(), torch.enable_grad():
-                x = torch.rand(2, *first.x.shape, device=device_of(surrogate)).requires_grad_()
+                x = torch.rand(2, *shape, device=device_of(surrogate)).requires_grad_()
                 passes = surrogate(x).requires_grad
         except Exception as error:  # a user's network may raise anything
             raise InputError(f"the surrogate {name} fails where gradients are asked for: {describe(error)}") from error

@@ -180,7 +180,7 @@ def evaluate(
     dataset = load_data(
         data, loaded, limit=limit, seed=seed, label=label, data_root=data_root, skip_bad_images=skip_bad_images
     )
-    crafted_on = None if surrogate is None else load_surrogate(surrogate)
+    crafted_on = None if surrogate is None else load_surrogate(surrogate, input_size)
     console = Console()
     command = one_line(shlex.join(["python", "-m", "robust.evaluate", *cli.without_output(sys.argv[1:])]))
     total = None if dataset.size is None else dataset.size * len(options.attacks)

@@ -404,6 +404,32 @@ def test_transfer_needs_a_surrogate_of_the_same_classes_and_size(model, data):
         robust.run(model, data, attacks=["transfer"], eps=0.02, surrogate=nn.Sequential(nn.Flatten(), nn.Linear(7, 5)))
 
 
+def test_a_surrogate_takes_images_of_the_models_size(model, data, tmp_path, monkeypatch):
+    """Another size it might read, and see less in it; one that is named is both networks'."""
+    monkeypatch.chdir(tmp_path)
+    Path("nets.py").write_text(
+        """
+from torch import nn
+
+def net(size):
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model.input_size = (3, size, size)
+    return model
+
+def twelve():
+    return net(12)
+
+def sixteen():
+    return net(16)
+"""
+    )
+    arguments = {"attacks": ["transfer"], "eps": 0.1}
+    assert robust.run(model, data, **arguments, surrogate="nets.py:twelve").samples.forwards.sum() > 0
+    with pytest.raises(InputError, match=r"the surrogate sixteen takes 3 x 16 x 16 \(.*\) and the .* 3 x 12 x 12"):
+        robust.run(model, data, **arguments, surrogate="nets.py:sixteen")
+    robust.run("nets.py:twelve", data, **arguments, surrogate="nets.py:sixteen", input_size=12)
+
+
 class Pairs(nn.Module):
     """Takes two images at a time, and no other number."""
 
