@@ -25,8 +25,9 @@ def causes(comparison: Comparison) -> Iterator[str]:
         return
     same = _same_weights(comparison)
     if clean not in fallen:
+        held = "did not fall" if clean.after >= clean.before else "did not fall significantly"
         yield (
-            f"The clean accuracy did not fall significantly ({format_percent(clean.before, clean.n)} before, "
+            f"The clean accuracy {held} ({format_percent(clean.before, clean.n)} before, "
             f"{format_percent(clean.after, clean.n)} now): it is robustness itself that fell."
         )
         if same:

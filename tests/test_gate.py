@@ -351,6 +351,9 @@ def test_a_fall_of_the_clean_accuracy_is_told_from_one_of_robustness():
     )
     assert answer(clean=(90, 40), pgd=(40, 20)).causes[1].endswith("20 now: robustness itself fell as well.")
     assert answer(clean=(90, 40), pgd=(20, 40)).causes[1].endswith("40 now: robustness itself held.")
+    for now, says in ((90, "did not fall"), (96, "did not fall"), (88, "did not fall significantly")):
+        causes = answer(clean=(90, now), pgd=(50, 30)).causes
+        assert causes[0].startswith(f"The clean accuracy {says} (90.0 % before, {now}.0 % now)")
     # Five that fell are no evidence that it fell, nor that it held.
     assert (
         answer(clean=(90, 40), pgd=(10, 5)).causes[1].endswith("5 now: robustness itself did not fall significantly.")

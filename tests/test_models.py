@@ -682,6 +682,15 @@ def test_input_size_is_obeyed_with_the_networks_channels(channels: int, classes:
     assert (model.input_size, model.preprocess) == ((channels, side, side), Preprocess(side, side))
 
 
+@pytest.mark.parametrize(("cast", "dtype"), [("double", "float64"), ("half", "float16")])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_weights_of_another_dtype_are_named(cast: str, dtype: str, channels: int, write: Write) -> None:
+    """Images are float32; another size would not help."""
+    says = rf"weights are {dtype} .* images, which are float32; call \.float\(\) .* x = x\.to\(torch\.{dtype}\)$"
+    with pytest.raises(InputError, match=says):
+        load_model(write(f"def make(): return Net({channels}).{cast}()"))
+
+
 def test_a_module_in_train_mode_is_put_in_eval_mode_and_reported(write: Write) -> None:
     model = load_model(write("def make(): return Net()"))
     assert model.was_training

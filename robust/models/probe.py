@@ -25,12 +25,17 @@ def count_classes(module: nn.Module, size: Size) -> int:
     InputError where it raises, or gives anything but finite (2, classes) logits for two classes or more.
     """
     check_parameters(module)
+    x = torch.rand(2, *size, generator=torch.Generator().manual_seed(0), device="cpu").to(device_of(module))
     try:
-        x = torch.rand(2, *size, generator=torch.Generator().manual_seed(0), device="cpu").to(device_of(module))
         with torch.no_grad(), put_back():  # the network may be random
             logits = module(x)
         fault = _fault(logits)
     except Exception as error:  # a user's network may raise anything
+        if dtype := _other_dtype(module, x):
+            raise _NoClassifier(
+                f"the model's weights are {dtype} and it fails on images, which are float32; call .float() on it, or "
+                f"let its forward begin with x = x.to(torch.{dtype})"
+            ) from error
         raise InputError(f"the model fails on {_written(size)} images: {describe(error)}") from error
     if fault:
         raise _NoClassifier(f"on {_written(size)} images the model {fault}")
@@ -40,6 +45,19 @@ def count_classes(module: nn.Module, size: Size) -> int:
             "not logits of shape (2, classes), classes >= 2"
         )
     return logits.shape[1]
+
+
+def _other_dtype(module: nn.Module, x: Tensor) -> str | None:
+    """That of the module's weights, where it takes images x of that dtype; None where they are float32 as x is."""
+    dtype = next((each.dtype for each in module.parameters() if each.is_floating_point()), x.dtype)
+    if dtype == x.dtype:
+        return None
+    try:
+        with torch.no_grad(), put_back():
+            module(x.to(dtype))
+    except Exception:  # then it is not that, or not that alone
+        return None
+    return str(dtype).removeprefix("torch.")
 
 
 def device_of(module: nn.Module) -> torch.device:
