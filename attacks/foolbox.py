@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -63,6 +63,11 @@ class FoolboxAttack:
             raise ValueError(f"{name} cannot be used: {error}") from None
         if own != norm:
             raise ValueError(f"{name} measures its perturbations in {own}, not in {norm}")
+        takes = get_type_hints(foolbox_attacks()[name].run)["criterion"]  # one class of foolbox's, or a union
+        kinds = [kind for kind in get_args(takes) or [takes] if isinstance(kind, type)]
+        if not any(issubclass(attack._criterion(), kind) for kind in kinds):
+            how = "without a target only" if targeted else "with a target only: name it with --target"
+            raise ValueError(f"{name} runs {how}")
         return attack
 
     @property
@@ -70,6 +75,11 @@ class FoolboxAttack:
         from foolbox.attacks.base import MinimizationAttack
 
         return "minimal" if issubclass(foolbox_attacks()[self.name], MinimizationAttack) else "fixed"
+
+    def _criterion(self) -> type:
+        from foolbox import Misclassification, TargetedMisclassification
+
+        return TargetedMisclassification if self.targeted else Misclassification
 
     def _make(self) -> Any:
         kind = foolbox_attacks()[self.name]
@@ -94,11 +104,11 @@ class FoolboxAttack:
             yield from outcomes
 
     def _attack(self, model: nn.Module, batch: Sequence[Task], eps: Sequence[float]) -> list[Outcome]:
-        from foolbox import Misclassification, PyTorchModel, TargetedMisclassification
+        from foolbox import PyTorchModel
 
         x = torch.stack([task.x for task in batch])
         y = torch.tensor([task.y for task in batch], device=x.device)
-        criterion = TargetedMisclassification if self.targeted else Misclassification
+        criterion = self._criterion()
         counted = _Counted(model)
         judge = PyTorchModel(counted.eval(), bounds=(0, 1), device=x.device)
         attack = self._make()

@@ -140,11 +140,18 @@ def test_foolbox_leaves_the_global_generators_alone():
         ("foolbox:L2DeepFoolAttack", "linf", "measures its perturbations in l2"),
         ("foolbox:VirtualAdversarialAttack", "l2", "needs steps"),
         ("foolbox:PointwiseAttack", "l0", "cannot be used"),
+        ("foolbox:GenAttack", "linf", "runs with a target only"),
     ],
 )
 def test_foolbox_attack_that_does_not_fit_is_refused(name, norm, message):
     with pytest.raises(ValueError, match=message):
         attacks.make(name, norm)
+
+
+def test_foolbox_attack_that_reaches_no_target_is_refused():
+    with pytest.raises(ValueError, match="NewtonFoolAttack runs without a target only"):
+        attacks.make("foolbox:NewtonFoolAttack", "l2", targeted=True)
+    assert attacks.make("foolbox:GenAttack", "linf", targeted=True).targeted
 
 
 def test_foolbox_attack_that_raises_is_named():
