@@ -284,12 +284,14 @@ def round_to_8bit(x: Tensor, x_adv: Tensor, eps: float | Tensor, norm: str) -> T
     """
     kept = (x_adv == x) & (norm in ("l1", "l0"))
     levels = (x_adv * 255).round()
+    slack = TOLERANCE * 255 / 2  # of a level
     if norm == "linf":
-        slack, radius = TOLERANCE * 255 / 2, per_slot(eps, x) if isinstance(eps, Tensor) else eps
+        radius = per_slot(eps, x) if isinstance(eps, Tensor) else eps
         low, high = ((x - radius) * 255 - slack).ceil(), ((x + radius) * 255 + slack).floor()
         levels = levels.clamp(low, high)
     else:
-        towards = (x * 255).round() + ((x_adv - x) * 255).trunc()
-        leaves = NORMS[norm].distance(torch.where(kept, 0, levels / 255 - x)) > eps
+        change = (x_adv - x) * 255
+        towards = (x * 255).round() + (change.abs() + slack).floor() * change.sign()
+        leaves = ~within(NORMS[norm].distance(torch.where(kept, 0, levels / 255 - x)), eps, norm, x[0].numel())
         levels = torch.where(per_slot(leaves, x), towards, levels)
     return torch.where(kept, x, levels.clamp(0, 255) / 255)

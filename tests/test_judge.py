@@ -236,6 +236,14 @@ def test_rounding_keeps_what_is_already_8_bit():
     x = torch.arange(256).view(1, 1, 16, 16) / 255
     x_adv = ((x * 255 + 3).clamp(0, 255)) / 255
     assert torch.equal(round_to_8bit(x, x_adv, 3 / 255, "linf"), x_adv)
+    for norm in ("l2", "l1", "l0"):
+        size = float(NORMS[norm].distance((x_adv - x).double()))
+        below = size * (1 - 1e-7) if norm != "l0" else size  # as near as a verdict tells
+        torch.testing.assert_close(round_to_8bit(x, x_adv, below, norm), x_adv, atol=1e-6, rtol=0)
+    # What leaves the ball when rounded keeps what lies on a level, and not the level below.
+    mixed = torch.cat([x_adv[..., :8], x[..., 8:] + 3.4 / 255], -1)
+    rounded = round_to_8bit(x, mixed, float(NORMS["l2"].distance(torch.tensor([[3.0 / 255] * 256]))) * 0.9, "l2")
+    torch.testing.assert_close(rounded[..., :8], x_adv[..., :8], atol=1e-6, rtol=0)
     assert per_slot(torch.ones(2), torch.zeros(2, 3, 4, 4)).shape == (2, 1, 1, 1)
 
 
