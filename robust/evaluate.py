@@ -197,6 +197,8 @@ def evaluate(
             console.print(summary_table(run.store))
         else:
             print(*plain_lines(run.store), sep="\n")
+        if skipped := run.store.details["skipped_images"]:
+            print(f"Unreadable images left out: {len(skipped)}, the first {one_line(skipped[0])}")
         print(run.answer)
         print(f"Report: {output / 'report.html'}")
     failed = run.store.details.get("failed_attacks", {})

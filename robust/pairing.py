@@ -79,9 +79,11 @@ def _differing(
 
 def _other_draw(baseline: Verdicts, current: Verdicts) -> str:
     """The likeliest reason for other data: --limit draws its subset from the seed."""
-    draws = [f"--limit {run.options.get('limit')} --seed {run.options.get('seed')}" for run in (baseline, current)]
-    limited = any(run.options.get("limit") is not None for run in (baseline, current))
-    return visible(f" (drawn by {draws[0]} there, {draws[1]} here)") if limited and draws[0] != draws[1] else ""
+    draws = [(run.options.get("limit"), run.options.get("seed")) for run in (baseline, current)]
+    if draws[0] == draws[1] or all(limit is None for limit, _ in draws):
+        return ""
+    said = ["all images" if limit is None else f"drawn by --limit {limit} --seed {seed}" for limit, seed in draws]
+    return visible(f" ({said[0]} there, {said[1]} here)")
 
 
 def _require(eps: Sequence[float], baseline: Verdicts) -> None:

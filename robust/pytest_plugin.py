@@ -25,6 +25,7 @@ import pytest
 
 from robust.errors import InputError, unknown
 from robust.files import write_text
+from robust.text import visible
 
 if TYPE_CHECKING:
     from torch import nn
@@ -280,7 +281,7 @@ class _Session:
         terminalreporter.section("robustness")
         for key, check in sorted(self._checks.items()):
             said = f"{check['said']}; " if check["said"] else ""
-            terminalreporter.line(f"{check['outcome']} {key}: {said}{check['report']}")
+            terminalreporter.line(f"{check['outcome']} {visible(key)}: {said}{check['report']}")
         if recorded := sum(bool(check["section"]) for check in self._checks.values()):
             terminalreporter.line(f"wrote {recorded} of the checks to {self._file}")
 
@@ -400,7 +401,6 @@ def _explain(comparison: Comparison, compared: bool, folder: Path, file: str | N
 
 def _fallen(comparison: Comparison) -> dict[str, str]:
     """The samples that fell -> the row, of those that fail. What fell in several rows is named once, with the last."""
-    from robust.text import visible
 
     failing = {failure.row for failure in comparison.failures}
     found = {}

@@ -324,8 +324,8 @@ def test_a_bad_image_stops_the_run_or_is_counted(project, capsys):
     code, _, err = run(line, capsys)
     assert code == 2 and "bad.png" in err and "--skip-bad-images" in err
     assert not (project / "out").exists()
-    code, _, _ = run(f"{line} --skip-bad-images", capsys)
-    assert code == 0
+    code, out, _ = run(f"{line} --skip-bad-images", capsys)
+    assert code == 0 and "Unreadable images left out: 1, the first 3/bad.png\n" in out
     findings = {f["name"]: f for f in json.loads((project / "out" / "report.json").read_text())["findings"]}
     assert "1 unreadable" in findings["images read"]["message"] and "bad.png" in findings["images read"]["message"]
 

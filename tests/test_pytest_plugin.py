@@ -244,6 +244,11 @@ def test_what_is_too_low_is_not_recorded(suite, pytester):
     assert not (pytester.path / "b.json").exists()
 
 
+def test_a_name_of_two_lines_is_summed_up_on_one(suite):
+    named = ONE_TEST.replace("min_accuracy=0.2", "min_accuracy=0.2, name='a\\nb'")
+    suite(named).stdout.fnmatch_lines([f"passed {KEY} [[]a␊b[]]: *"])
+
+
 MANY = """
     import pytest
 
