@@ -401,7 +401,6 @@ def _explain(comparison: Comparison, compared: bool, folder: Path, file: str | N
 
 def _fallen(comparison: Comparison) -> dict[str, str]:
     """The samples that fell -> the row, of those that fail. What fell in several rows is named once, with the last."""
-
     failing = {failure.row for failure in comparison.failures}
     found = {}
     for change in comparison.changes:
