@@ -183,9 +183,15 @@ def test_adjoint_compares_the_three_inner_products() -> None:
     assert not adjoint_of(lambda found: found._replace(y=torch.full((1, 1), NAN))).passed
 
 
-@pytest.mark.parametrize("name", ["im2col", "triton"])
-def test_no_worse_than_torch_where_every_axis_differs(name: str) -> None:
-    shape = Shape(48, 40, (13, 11), Geometry((3, 2), (2, 1), (1, 0), (2, 1), 2))
+EVERY_AXIS_DIFFERS = Shape(48, 40, (13, 11), Geometry((3, 2), (2, 1), (1, 0), (2, 1), 2))
+TWO_FILTERS_A_CHANNEL = Shape(3, 6, (32, 32), Geometry((3, 3), padding=(1, 1), groups=3))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("im2col", EVERY_AXIS_DIFFERS), ("triton", EVERY_AXIS_DIFFERS), ("im2col", TWO_FILTERS_A_CHANNEL)],
+)
+def test_no_worse_than_torch(name: str, shape: Shape) -> None:
     if reason := ladder.misfit(name, shape, torch.float32, CPU):
         pytest.skip(f"{name} {reason}")
     ratios = {

@@ -77,7 +77,12 @@ def weight_grad(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
     for images, lines in _blocks(len(x), rows.count, columns.count * window):
         seen = _windows(x[images], (rows.part(lines, geometry.stride[0]), columns), geometry.stride, groups)
         theirs = g[images, lines].reshape(-1, groups, k // groups).permute(1, 2, 0)  # (groups, K / groups, M)
-        total += torch.bmm(theirs, seen)
+        if 1 < groups and k // groups <= columns.count:
+            # Of a group's few kernels by line: one sum over all pixels would be off by several times torch's error.
+            theirs = theirs.unflatten(2, (-1, columns.count)).transpose(1, 2)
+            total += (theirs @ seen.unflatten(1, (-1, columns.count))).sum(1)
+        else:
+            total += torch.bmm(theirs, seen)
     return total.to(x.dtype).view(k, *geometry.kernel, c // groups).permute(0, 3, 1, 2)
 
 
