@@ -390,6 +390,8 @@ def save_in(*keys: str, prefix: str = "", **beside: Any) -> SaveAs:
         ("a.pth.tar", save_in("model_state_dict")),
         ("a.pth", save_in("state_dict", prefix="module.", best=91.7)),
         ("a.pth", save_in(prefix="_orig_mod.")),
+        ("a.ckpt", save_in("state_dict", prefix="model.", epoch=3)),
+        ("a.ckpt", save_in("state_dict", prefix="model._orig_mod.module.")),
         ("a.safetensors", save_safetensors),
     ],
 )
@@ -440,6 +442,11 @@ def write_unfit(kind: str, state: dict[str, Tensor], path: Path) -> None:
             torch.save(state, path)
         case "unexpected":
             torch.save({**state, "head.weight": torch.zeros(1), "head.bias": torch.zeros(1)}, path)
+        case "beside":  # as a trainer's module that holds the network and a loss with weights
+            wrapped = {f"model.module.{name}": tensor for name, tensor in state.items()}
+            torch.save({"state_dict": {**wrapped, "loss.weight": torch.ones(3)}}, path)
+        case "twice":
+            torch.save({f"{prefix}{name}": tensor for prefix in ("", "ema.") for name, tensor in state.items()}, path)
         case "reshaped":
             torch.save({**state, "conv1.0.weight": torch.zeros(8, 3, 5, 5)}, path)
         case "pickled":
@@ -486,6 +493,8 @@ def write_unfit(kind: str, state: dict[str, Tensor], path: Path) -> None:
     [
         ("missing", ["and 1 more missing", "conv5.1.running_var"]),
         ("unexpected", ["head.weight, head.bias unexpected"]),
+        ("beside", ["ShuffleNetV2: loss.weight unexpected;"]),
+        ("twice", ["ema.conv1.0.weight", "unexpected"]),
         ("reshaped", ["conv1.0.weight (8, 3, 5, 5) instead of (24, 3, 3, 3)", "wrong shape"]),
         ("pickled", ["needs unpickling", "Pickled", "run code from the file", "safetensors"]),
         ("malicious", ["needs unpickling", "posix.system"]),

@@ -3,6 +3,7 @@
 import re
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from robust.errors import InputError
 from robust.models.probe import describe
 
 CONTAINERS = ("state_dict", "model_state_dict", "model")  # under which training scripts keep the state dict
-WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -57,9 +57,6 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} holds no state dict (names to tensors): save the model's state_dict()")
     if any(name.startswith("module.") for name in state):
         state.pop("n_averaged", None)  # how many weights torch's AveragedModel is the mean of
-    for prefix in WRAPPERS:
-        if all(name.startswith(prefix) for name in state):
-            consume_prefix_in_state_dict_if_present(state, prefix)
     return state
 
 
@@ -75,6 +72,7 @@ def _like(container: dict[str, Any], key: str) -> str | None:
 
 def load_into(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Load `state`, read from `path`, all of it; InputError names the first few tensors that do not fit."""
+    _unwrap(state, module)
     wrong = [
         f"{name} {_shape(state[name])} instead of {_shape(tensor)}"
         for name, tensor in module.state_dict().items()
@@ -99,6 +97,21 @@ def load_into(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         raise _misfit(module, path, {"missing": missing, "unexpected": unexpected})
 
 
+def _unwrap(state: dict[str, Tensor], module: nn.Module) -> None:
+    """Take from the names what DataParallel ("module."), torch.compile or a trainer's own module put before them.
+
+    That is what most of the module's own names stand behind.
+    """
+    own = module.state_dict().keys()
+    starts = ((name, dot.end()) for name in state for dot in re.finditer(r"\.", name))
+    behind = Counter(name[:start] for name, start in starts if name[start:] in own)
+    behind[""] = len(own & state.keys())
+    ((prefix, count),) = behind.most_common(1)
+    clash = any(name.removeprefix(prefix) in state for name in state if name.startswith(prefix))
+    if prefix and 2 * count > len(own) and not clash:
+        consume_prefix_in_state_dict_if_present(state, prefix)
+
+
 def _is_whole(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() and not tensor.is_complex()
 
@@ -106,6 +119,7 @@ def _is_whole(tensor: Tensor) -> bool:
 def build_with(build: Callable[[int | None], nn.Module], state: dict[str, Tensor], path: Path) -> nn.Module:
     """`build(None)`, or `build(num_classes)` where the state's last linear layer has other classes, loaded."""
     net = build(None)
+    _unwrap(state, net)
     linear = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Linear)]
     if linear:
         name, layer = linear[-1]

@@ -68,7 +68,7 @@ def _build(arch: str, entry: Any, num_classes: int | None) -> nn.Module:
 def _renamed(arch: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The published state dict in the names of today's classes: DenseNet's old ones, no auxiliary heads."""
     for name in list(state):
-        if arch in TRANSFORMING and name.startswith(("aux1.", "aux2.", "AuxLogits.")):
+        if arch in TRANSFORMING and re.search(r"(^|\.)(aux1|aux2|AuxLogits)\.", name):
             del state[name]
         elif arch.startswith("densenet"):
             today = re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", name)
