@@ -26,7 +26,7 @@ from robust.device import pick_device, share_of_cores
 from robust.environment import environment, now
 from robust.errors import InputError
 from robust.harness import Listener, evaluate
-from robust.models import load_model
+from robust.models import imagenet, load_model
 from robust.models.model import Model, fingerprint
 from robust.models.prepare import frozen, in_training
 from robust.models.probe import check_parameters, count_classes, describe, device_of
@@ -359,6 +359,7 @@ def _wrap(module: nn.Module, first: Sample, class_names: Sequence[str] | None) -
         module=module,
         num_classes=num_classes,
         class_names=None if names is None else tuple(map(str, names)),  # numpy's strings are no JSON
+        wnids=imagenet.wnids_of(num_classes, names),
         fingerprint=fingerprint(module),
         was_training=in_training(module),
     )

@@ -8,10 +8,12 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
+from robust.models import imagenet
 from robust.models.model import Model, Preprocess
 
 
 def model_of(num_classes: int = 3, input_size: tuple[int, int, int] | None = (3, 8, 8), **fields: Any) -> Model:
+    fields = {"wnids": imagenet.wnids_of(num_classes, fields.get("class_names")), **fields}
     return Model("net", "a test's model", nn.Identity(), num_classes, input_size, **fields)
 
 

@@ -5,6 +5,7 @@ import hashlib
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections import Counter
 from dataclasses import replace
@@ -19,11 +20,11 @@ from timm.data import ImageNetInfo
 
 from data_files import IMAGENET_MODEL, image_bytes, model_of, pattern, write_tree
 from robust.data import load_data
-from robust.data.classes import CIFAR10, CIFAR100, FASHION_MNIST
-from robust.data.labels import label_of, set_labels, wnids_of
+from robust.data.labels import label_of, set_labels
 from robust.data.source import balanced
 from robust.errors import InputError
 from robust.models import imagenet
+from robust.models.classes import CIFAR10, CIFAR100, FASHION_MNIST, ClassIndex
 from robust.models.model import Preprocess
 
 PETS = model_of(class_names=("dog", "giant panda, panda, coon bear", "cat"))
@@ -123,9 +124,7 @@ def test_a_name_that_two_classes_have_is_ambiguous(tree):
 
 
 def test_a_whole_name_goes_before_a_synonym_and_the_exact_case_before_both():
-    from robust.data.labels import ClassIndex
-
-    index = ClassIndex(model_of(4, class_names=("maillot", "maillot, tank suit", "Cardigan", "cardigan")))
+    index = ClassIndex(("maillot", "maillot, tank suit", "Cardigan", "cardigan"))
     assert index.find("maillot") == [0]
     assert index.find("tank suit") == [1]
     assert index.find("cardigan") == [3]
@@ -149,6 +148,51 @@ def test_numbers_whose_alphabetical_order_is_another_are_refused(tree):
 def test_numbers_with_leading_zeros_are_in_order(tree):
     data = load_data(tree({f"{k:02d}/1.png": k for k in range(11)}), model_of(11))
     assert list(labels(data).values()) == list(range(11))
+
+
+def test_numbers_within_names_are_numbers_too(tree):
+    check_refused(tree({f"class_{k}/1.png": k for k in range(11)}), model_of(11), "class_0, class_1, class_10, class_2")
+
+
+def test_numbers_within_names_that_are_in_order(tree):
+    data = load_data(tree({"1st/1.png": 1, "v2.10/1.png": 2, "v3/1.png": 3}), model_of(3))
+    assert list(labels(data).values()) == [0, 1, 2]
+
+
+def test_names_may_be_composed_otherwise(tree):
+    """macOS takes the accent of a file's name apart."""
+    data = load_data(tree({"cafe\u0301/1.png": 1, "dog/1.png": 2}), model_of(2, class_names=("dog", "caf\u00e9")))
+    assert sorted(labels(data).values()) == [0, 1]
+
+
+class Unsaid(zipfile.ZipInfo):
+    """A member whose name is UTF-8, as most archivers write it, without the flag that says so."""
+
+    def _encodeFilenameFlags(self):
+        return self.filename.encode(), self.flag_bits
+
+
+def test_what_a_zip_says_of_its_names(tmp_path):
+    def written(*members: str | zipfile.ZipInfo) -> Path:
+        with warnings.catch_warnings(), zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+            warnings.simplefilter("ignore")  # of a name that is there already
+            for k, member in enumerate(members):
+                archive.writestr(member, image_bytes(pattern(seed=k)))
+        return tmp_path / "data.zip"
+
+    utf8 = written(Unsaid("\u00c2me/1.png"), Unsaid("\u00c1bel/2.png"), "\u0394/3.png")
+    data = load_data(str(utf8), model_of(3))
+    assert labels(data) == {"\u00c1bel/2.png": 0, "\u00c2me/1.png": 1, "\u0394/3.png": 2}
+    assert data.class_names == ("\u00c1bel", "\u00c2me", "\u0394")
+    assert labels(load_data(str(written("./a/1.png", "b//2.png")), model_of(2))) == {"a/1.png": 0, "b/2.png": 1}
+    check_refused(written("a/1.png", "../b/2.png"), model_of(2), r"holds \.\./b/2.png, which lies outside of it")
+    check_refused(written("a/1.png", "b/2.png", "a/1.png"), model_of(2), "holds a/1.png twice")
+
+
+def test_a_class_folder_that_is_a_link_to_nothing(tmp_path):
+    folder = write_tree(tmp_path / "data", {"cat/1.png": 1})
+    (folder / "dog").symlink_to(tmp_path / "unmounted")
+    check_refused(folder, PETS, "dog is a link to nothing: mend or remove it")
 
 
 WNID_FILES = {"n02510455/panda.png": 1, "n01440764/tench.png": 2, "n15075141/paper.png": 3}
@@ -461,7 +505,8 @@ def test_one_image_labelled_by_wnid(tmp_path):
         (PETS, None, r"what does .*panda\.png show\? Name its class with --label"),
         (PETS, "pandda", "unknown label 'pandda'; did you mean panda"),
         (model_of(class_names=("sandal", "giant panda", "gull")), "PANDA", r"did you mean giant panda\?$"),
-        (PETS, "3", "unknown label '3'; known: dog"),
+        (PETS, "3", r"label 3 is outside the model's classes, 0 \.\. 2$"),
+        (PETS, "-1", r"label -1 is outside"),
         (model_of(), "panda", r"label 'panda' is no class: net has no class names, so it is a number, 0 \.\. 2"),
         (model_of(class_names=("crane", "gull", "crane")), "crane", "names the classes 0, 2: give the number"),
     ],
@@ -584,10 +629,23 @@ def test_spellings_of_imagenets_names_are_no_other_order(spelled, theirs):
     model = model_of(1000, (3, 8, 8), class_names=names[spelled])
     known = [f"{name}, {wnid}" for name, wnid in zip(names[theirs], imagenet.wnids(), strict=True)]
     assert set_labels(range(1000), known, model, "ImageNet") == list(range(1000))
-    assert wnids_of(model) == imagenet.wnids()
+    assert imagenet.wnids_of(1000, model.class_names) == imagenet.wnids()
     reversed_order = replace(model, class_names=names[spelled][::-1])
     moved = set_labels([0, 388, 281], known, reversed_order, "ImageNet")
     assert moved == [999, 999 - 388, 999 - 281]
+
+
+def test_classes_that_changed_places_are_another_order():
+    """Few as they are; and of few classes, half are not enough to know them by."""
+    pairs = {0: 1, 1: 0, 40: 81, 81: 40}
+    names = tuple(CIFAR100[pairs.get(label, label)] for label in range(100))
+    moved = set_labels([0, 1, 2, 40, 81], CIFAR100, model_of(100, class_names=names), "CIFAR-100")
+    assert moved == [1, 0, 2, 81, 40]
+    swapped = ("goldfish", "tench", *imagenet.class_names()[2:])
+    assert imagenet.wnids_of(1000, swapped) is None
+    half = model_of(10, class_names=(*CIFAR10[:5], "apple", "lamp", "plate", "chair", "bus"))
+    with pytest.raises(InputError, match="none, or several, called frog, ship, but"):
+        set_labels([0, 6, 8], CIFAR10, half, "CIFAR-10")
 
 
 # torchvision's sets, in its own formats on disk
@@ -632,6 +690,31 @@ def test_torchvision_sets_are_labelled_by_the_models_class_names(tmp_path):
                   data_root=root)  # fmt: skip
 
 
+PHOTO = image_bytes(pattern(40, 60), "JPEG")
+
+
+def test_imagenette_is_labelled_by_wnids_for_a_network_of_imagenet(tmp_path):
+    """However many of its folders are there; torchvision's labels are their ranks."""
+    there = [wnid for wnid in IMAGENETTE if wnid != "n03000684"]
+    root = write_tree(tmp_path, {f"imagenette2/val/{wnid}/1.JPEG": PHOTO for wnid in there})
+    data = load_data("imagenette", IMAGENET_MODEL, data_root=root)
+    assert list(labels(data).values()) == [imagenet.wnids().index(wnid) for wnid in there]
+    check_refused("imagenette", model_of(10, None), "has 9 of its 10 class folders, .* by their order", data_root=root)
+
+
+@pytest.mark.parametrize("missing", [(100,), (905,), ()], ids=str)
+def test_imagenet_is_labelled_by_wnids(missing, tmp_path):
+    """With folders left out, and of classes that share a name: two cranes and two maillots."""
+    there = [index for index in (134, 517, 638, 639, 900, 999, *range(120)) if index not in missing]
+    wnids = imagenet.wnids()
+    root = write_tree(tmp_path, {f"val/{wnids[index]}/1.JPEG": PHOTO for index in there})
+    names = [ImageNetInfo().index_to_description(index, detailed=False) for index in range(1000)]
+    torch.save((dict(zip(wnids, map(tuple, (name.split(", ") for name in names)), strict=True)), []), root / "meta.bin")
+    data = load_data("imagenet", IMAGENET_MODEL, data_root=root)
+    assert sorted(labels(data).values()) == sorted(there)
+    check_refused("imagenet", model_of(1000, class_names=names[::-1]), "of its 1000 class folders", data_root=root)
+
+
 def test_mnist_of_torchvision(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (4, 28, 28), np.uint8)
     raw = tmp_path / "MNIST" / "raw"
@@ -668,19 +751,24 @@ def test_files_of_torchvision_are_decoded_here(tmp_path):
             "cifar10",
             model_of(10),
             ".",
-            r"CIFAR10 is not under --data-root .*\(Dataset not found.*download=True\) fetches",
+            r"there is no readable CIFAR10 under --data-root .*Dataset not found.*download=True\) fetches",
         ),
-        ("mnist", model_of(10), ".", "MNIST is not under"),
-        ("svhn", model_of(10), ".", "SVHN is not under"),
-        ("stl10", model_of(10), ".", "STL10 is not under"),
-        ("usps", model_of(10), ".", r"USPS is not under .*No such file"),
-        ("dtd", model_of(47), ".", "DTD is not under"),
-        ("food101", model_of(101), ".", "Food101 is not under"),
-        ("flowers102", model_of(102), ".", "Flowers102 is not under"),
-        ("fgvcaircraft", model_of(100), ".", "FGVCAircraft is not under"),
-        ("country211", model_of(211), ".", "Country211 is not under"),
-        ("places365", model_of(365), ".", "Places365 is not under"),
-        ("imagenet", IMAGENET_MODEL, ".", r"ImageNet is not under .*devkit.*see torchvision's documentation"),
+        ("mnist", model_of(10), ".", "there is no readable MNIST under"),
+        ("svhn", model_of(10), ".", "there is no readable SVHN under"),
+        ("stl10", model_of(10), ".", "there is no readable STL10 under"),
+        ("usps", model_of(10), ".", r"there is no readable USPS under .*No such file"),
+        ("dtd", model_of(47), ".", "there is no readable DTD under"),
+        ("food101", model_of(101), ".", "there is no readable Food101 under"),
+        ("flowers102", model_of(102), ".", "there is no readable Flowers102 under"),
+        ("fgvcaircraft", model_of(100), ".", "there is no readable FGVCAircraft under"),
+        ("country211", model_of(211), ".", "there is no readable Country211 under"),
+        ("places365", model_of(365), ".", "there is no readable Places365 under"),
+        (
+            "imagenet",
+            IMAGENET_MODEL,
+            ".",
+            r"there is no readable ImageNet under .*devkit.*see torchvision's documentation",
+        ),
         ("cifar10", IMAGENET_MODEL, ".", "cifar10 has 10 classes and net has 1000"),
     ],
 )

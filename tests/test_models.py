@@ -348,10 +348,12 @@ def test_a_corrupt_file_in_the_torch_cache_is_named(caches: Path) -> None:
     assert str(path) in (message := check_refused("resnet50")) and "corrupt" in message
 
 
-def test_input_size_overrides_the_preprocessing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("input_size", "resize"), [(None, 256), (224, 256), (96, 110)])
+def test_input_size_scales_the_preprocessing(input_size: int | None, resize: int, tmp_path: Path) -> None:
     torch.save(trained(torchvision.models.get_model(SMALL)).state_dict(), tmp_path / "a.pth")
-    model = load_model(SMALL, tmp_path / "a.pth", 96)
-    assert (model.input_size, model.preprocess) == ((3, 96, 96), Preprocess(96, 96))
+    model = load_model(SMALL, tmp_path / "a.pth", input_size)
+    side = input_size or 224
+    assert (model.input_size, model.preprocess) == ((3, side, side), Preprocess(resize, side))
 
 
 # Weights from files
@@ -687,8 +689,28 @@ def test_a_declared_size_that_is_not_square_is_not_resized_to(write: Write) -> N
 
 @pytest.mark.parametrize(("channels", "classes", "side"), [(3, 10, 40), (1, 10, 40), (3, 1000, 224)])
 def test_input_size_is_obeyed_with_the_networks_channels(channels: int, classes: int, side: int, write: Write) -> None:
-    model = load_model(write(f"def make(): return Net({channels}, {classes})"), None, side)
-    assert (model.input_size, model.preprocess) == ((channels, side, side), Preprocess(side, side))
+    spec = write(f"def make(): return Net({channels}, {classes})")
+    model = load_model(spec, None, side)
+    assert (model.input_size, model.preprocess) == (
+        (channels, side, side),
+        Preprocess(256 if side == 224 else side, side),
+    )
+    assert side != 224 or model.preprocess == load_model(spec).preprocess, "its own size changes nothing"
+
+
+def test_a_network_of_imagenet_may_name_its_classes(write: Write) -> None:
+    """In torchvision's spelling or another: wnids and preprocessing are those of one that says nothing."""
+    info = timm.data.ImageNetInfo()
+    for names in (imagenet.class_names(), [info.index_to_description(k, detailed=False) for k in range(1000)]):
+        named = load_model(write(f"def make():\n net = Net(3, 1000)\n net.class_names = {list(names)!r}\n return net"))
+        assert (named.class_names, named.wnids, named.preprocess) == (
+            tuple(names),
+            imagenet.wnids(),
+            Preprocess(256, 224),
+        )
+    other = [f"person {k}" for k in range(1000)][::-1]
+    strange = load_model(write(f"def make():\n net = Net(3, 1000)\n net.class_names = {other!r}\n return net"))
+    assert (strange.wnids, strange.preprocess) == (None, None)
 
 
 @pytest.mark.parametrize(("cast", "dtype"), [("double", "float64"), ("half", "float16")])

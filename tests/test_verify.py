@@ -439,7 +439,10 @@ def test_layers_that_are_still_torchs_are_named_and_their_names_escaped(project:
         ("--eps 4", "did you mean 4/255?"),
         ("--eps four", "eps 'four' is no number"),
         ("--data nowhere.npz", "nowhere.npz"),
-        ("--data cifar10 --data-root full --model model.py:ten", "CIFAR10 is not under --data-root full ("),
+        (
+            "--data cifar10 --data-root full --model model.py:ten",
+            "no readable CIFAR10 under --data-root full (",
+        ),
         ("--model model.py:nothing", "nothing"),
         ("--model mnist_cnn --data samples:mnist", "on the project's own layers as it is"),
         ("--model model.py:detached", "the model passes no gradient back to its input"),

@@ -63,7 +63,8 @@ class _Batches:
 
 def _pairs(items: Any, name: str) -> Iterator[tuple[Tensor, int]]:
     # A map-style torch data set need not say how to iterate over it, nor raise IndexError at its end.
-    each = items if hasattr(items, "__iter__") else (items[i] for i in range(len(items)))
+    indexed = not hasattr(items, "__iter__") and hasattr(items, "__len__")
+    each = (items[i] for i in range(len(items))) if indexed else items
     for number, item in enumerate(each):
         where = f"item {number} of {name}"
         if not isinstance(item, tuple | list) or len(item) != 2:
@@ -84,6 +85,8 @@ def _pairs(items: Any, name: str) -> Iterator[tuple[Tensor, int]]:
 
 def _check_item(x: Tensor | np.ndarray, y: np.ndarray, where: str) -> None:
     shape = tuple(x.shape)
+    if isinstance(x, Tensor) and (x.layout != torch.strided or x.is_meta):
+        raise InputError(f"x of {where} is no dense tensor with values: give one, such as x.to_dense()")
     if x.ndim not in (3, 4) or 0 in shape[-3:]:
         raise InputError(f"x of {where} has shape {shape}: give batches (N, C, H, W) or images (C, H, W)")
     if not (x.is_floating_point() if isinstance(x, Tensor) else x.dtype.kind == "f"):
@@ -107,7 +110,11 @@ def _is_array(value: Any) -> bool:
 
 
 def _is_pair_of_arrays(data: Any) -> bool:
-    return isinstance(data, tuple | list) and len(data) == 2 and all(map(_is_array, data))
+    return isinstance(data, tuple | list) and len(data) == 2 and _is_array(data[0]) and _is_labels(data[1])
+
+
+def _is_labels(value: Any) -> bool:
+    return _is_array(value) or (isinstance(value, tuple | list) and all(isinstance(label, int) for label in value))
 
 
 def _size(items: Any) -> int | None:

@@ -10,9 +10,10 @@ import hashlib
 import os
 import zlib
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipInfo
 
 from torch import Tensor
 
@@ -21,6 +22,9 @@ from robust.data.labels import folder_labels
 from robust.data.source import Request, Source
 from robust.data.zips import open_zip
 from robust.errors import InputError
+
+HELD_OUT = ("test", "val", "valid", "validation")  # what splits are called that no network is trained on
+UTF8 = 0x800  # the flag of a zip's member whose name is UTF-8; zipfile reads others as code page 437
 
 
 class Tree(Protocol):
@@ -47,6 +51,8 @@ class Directory:
                 for entry in entries:
                     if not _hidden(entry.name):
                         path = folder + entry.name
+                        if not is_image_name(path) and not (self._path / path).exists():
+                            raise InputError(f"{self._path / path} is a link to nothing: mend or remove it")
                         folders.append(f"{path}/") if entry.is_dir() else files.append(path)
         except OSError as error:
             raise InputError(f"cannot list {error.filename}: {error.strerror}") from None
@@ -66,23 +72,29 @@ class Archive:
             raise InputError(f"{path} cannot be read as a zip ({reason})") from None
         self._folders: defaultdict[str, set[str]] = defaultdict(set)
         self._files: defaultdict[str, set[str]] = defaultdict(set)
-        for name in self._zip.namelist():
-            *folders, file = name.split("/")
+        self._members: dict[str, ZipInfo] = {}
+        for member in self._zip.infolist():
+            *folders, file = _name(member).split("/")
+            folders = [folder for folder in folders if folder not in ("", ".")]
+            if ".." in folders:
+                raise InputError(f"{path} holds {member.filename}, which lies outside of it: zip the folder again")
             if any(map(_hidden, (*folders, file))):
                 continue
             parent = ""
             for folder in folders:
                 self._folders[parent].add(f"{parent}{folder}/")
                 parent += f"{folder}/"
+            if file and self._members.setdefault(parent + file, member) is not member:
+                raise InputError(f"{path} holds {parent}{file} twice: zip the folder again")
             if file:
-                self._files[parent].add(name)
+                self._files[parent].add(parent + file)
 
     def children(self, folder: str) -> tuple[list[str], list[str]]:
         return sorted(self._folders[folder]), sorted(self._files[folder])
 
     def read(self, file: str) -> bytes:
         try:
-            return self._zip.read(file)
+            return self._zip.read(self._members[file])
         except (BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError, zlib.error) as error:
             # RuntimeError: encrypted. NotImplementedError: an unknown compression.
             raise BadImage(f"{self.name}/{file}", f"cannot be read ({error})") from None
@@ -148,12 +160,21 @@ def _class_folders(tree: Tree) -> tuple[str, dict[str, list[str]]]:
         if not nested:
             return base, {folder: members for folder, (_, members) in inside.items()}
         if len(folders) > 1:
-            one = f"Name one of them: {tree.name}/{nested[0].removesuffix('/')}"
+            held_out = [folder for folder in nested if folder.removesuffix("/").lower() in HELD_OUT] or nested
+            one = f"Name one of them: {tree.name}/{held_out[0].removesuffix('/')}"
             raise InputError(
                 f"{tree.name} is ambiguous: {', '.join(nested[:4])} hold folders themselves, so which are the "
                 f"classes? {'Zip one of them alone' if isinstance(tree, Archive) else one}"
             )
         base = nested[0]
+
+
+def _name(member: ZipInfo) -> str:
+    """As it was written: most archivers write UTF-8, and not all of them say so."""
+    if not member.flag_bits & UTF8:
+        with suppress(UnicodeError):
+            return member.filename.encode("cp437").decode()
+    return member.filename
 
 
 def _hidden(name: str) -> bool:

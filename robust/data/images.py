@@ -16,7 +16,7 @@ from robust.models.model import Model, Preprocess
 
 # Pillow is held to these formats, whatever a file's name says: some of the others run outside programs.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 _TRANSPARENT = "has transparent pixels, and what lies behind them is unknown"
 
@@ -130,6 +130,8 @@ def _plain(image: Image.Image, name: str) -> Image.Image:
         if getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == 0:  # Pillow turns these over in 8 bits only
             raise BadImage(name, "is a 16-bit TIFF in which white is zero; save it with black as zero")
         deep = np.asarray(image)
+        if 0 < deep.max() < 256:
+            raise BadImage(name, "has 16 bits a value and uses 8 of them, so it would be black: save it in 8 bits")
         if has_alpha and (deep == image.info["transparency"]).any():
             raise BadImage(name, _TRANSPARENT)
         # Pillow's own conversion clips at 255. It reads 16-bit colour by the high byte; so is gray here. A TIFF of 12

@@ -1,56 +1,13 @@
 """Which class a name means: a class name of the model, one of its synonyms, or a WordNet id."""
 
 import re
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 
-from robust.data import classes
 from robust.errors import InputError, unknown
-from robust.models import imagenet
+from robust.models.classes import ClassIndex, counterparts, folded
 from robust.models.model import Model
 
-WNID = re.compile(r"n\d{8}")
-
-
-class ClassIndex:
-    """Looks names up among a model's classes.
-
-    Case, hyphens and underscores do not matter unless they tell two classes apart (ImageNet has a "Cardigan", a
-    dog, and a "cardigan"). A name may be a list of synonyms, "giant panda, panda, coon bear"; the whole of one
-    class's name goes before a synonym of another's.
-    """
-
-    def __init__(self, model: Model):
-        self._exact: defaultdict[str, set[int]] = defaultdict(set)
-        self._folded: defaultdict[str, set[int]] = defaultdict(set)
-        self._synonyms: defaultdict[str, set[int]] = defaultdict(set)
-        for index, name in enumerate(model.class_names or ()):
-            self._exact[name].add(index)
-            self._folded[_folded(name)].add(index)
-            for synonym in name.split(","):
-                self._synonyms[_folded(synonym)].add(index)
-        self._wnids = {wnid: index for index, wnid in enumerate(wnids_of(model) or ())}
-
-    @property
-    def has_wnids(self) -> bool:
-        return bool(self._wnids)
-
-    def find(self, name: str) -> list[int]:
-        """Every class that the name can mean: none, one, or (an ambiguous name) several."""
-        if name in self._exact:
-            return sorted(self._exact[name])
-        if name in self._wnids:
-            return [self._wnids[name]]
-        folded = _folded(name)
-        return sorted(self._folded.get(folded) or self._synonyms.get(folded) or ())
-
-
-def wnids_of(model: Model) -> tuple[str, ...] | None:
-    """ImageNet's WordNet ids in label order, for a model of its 1000 classes in its order; else None."""
-    if model.wnids is None and model.num_classes == imagenet.NUM_CLASSES:
-        return imagenet.wnids() if counterparts(imagenet.names_and_wnids(), model) is None else None
-    return model.wnids
+WNID = re.compile(r"n\d{8}", re.IGNORECASE)
 
 
 def set_labels(labels: Sequence[int], names: Sequence[str] | None, model: Model, where: str) -> list[int]:
@@ -58,7 +15,7 @@ def set_labels(labels: Sequence[int], names: Sequence[str] | None, model: Model,
 
     InputError for a class that occurs and that the model does not have, or has twice.
     """
-    theirs = counterparts(names, model)
+    theirs = counterparts(names, model.class_names)
     if names is None or theirs is None:
         return list(labels)
     found = {label: theirs[label] for label in labels}
@@ -71,26 +28,6 @@ def set_labels(labels: Sequence[int], names: Sequence[str] | None, model: Model,
     return [match for label in labels if (match := found[label]) is not None]
 
 
-def counterparts(names: Sequence[str] | None, model: Model) -> list[int | None] | None:
-    """The model's class for each of a published data set's, by name; None for one that it does not have, or has twice.
-
-    None altogether where the classes are the same, in the same order: where the model's have no names, or names that
-    are their numbers ("class 0"), or most have those of the set's class of the same index and hardly any has another's.
-    """
-    if names is None or model.class_names is None:
-        return None
-    if all(re.sub(r"\D", "", name) == str(label) for label, name in enumerate(model.class_names)):
-        return None
-    index = ClassIndex(replace(model, wnids=()))  # by names alone
-    found = [[index.find(name) for name in _called(known)] for known in names]
-    same = [any(label in matches for matches in by_name) for label, by_name in enumerate(found)]
-    # By the first of its names that one class has: "giant panda" before "panda", which is the red one too.
-    theirs = [next((matches[0] for matches in by_name if len(matches) == 1), None) for by_name in found]
-    # Spellings of ImageNet's differ: for some "crane" is the bird, for others the machine.
-    moved = sum(match is not None and not stays for match, stays in zip(theirs, same, strict=True))
-    return None if 2 * sum(same) >= len(names) >= 10 * moved else theirs
-
-
 def label_of(name: str, model: Model, option: str = "label") -> int:
     """The class that a person names with --label or another option: by index, name or wnid.
 
@@ -99,7 +36,9 @@ def label_of(name: str, model: Model, option: str = "label") -> int:
     numbered = any(known.strip().isdecimal() for known in model.class_names or ())
     if name.isdecimal() and not numbered and int(name) < model.num_classes:
         return int(name)
-    matches = ClassIndex(model).find(name)
+    if re.fullmatch(r"-?\d+", name) and not numbered:
+        raise InputError(f"{option} {name} is outside the model's classes, 0 .. {model.num_classes - 1}")
+    matches = ClassIndex(model.class_names, model.wnids).find(name)
     if len(matches) > 1:
         raise InputError(f"{option} {name!r} names the classes {_listed(matches)}: give the number of one")
     if not matches and model.class_names is None:
@@ -109,7 +48,7 @@ def label_of(name: str, model: Model, option: str = "label") -> int:
         )
     if not matches:
         synonyms = [synonym.strip() for known in model.class_names or () for synonym in known.split(",")]
-        raise unknown(option, name, [known for known in synonyms if _folded(name) in _folded(known)] or synonyms)
+        raise unknown(option, name, [known for known in synonyms if folded(name) in folded(known)] or synonyms)
     return matches[0]
 
 
@@ -123,23 +62,24 @@ def folder_labels(folders: Sequence[str], model: Model, where: str) -> tuple[lis
     any_wnid = any(map(WNID.fullmatch, folders))
     if not any_wnid and model.class_names is None:
         return _alphabetical(folders, model, where)
-    index = ClassIndex(model)
-    if any_wnid and model.class_names is None and not index.has_wnids:
+    index = ClassIndex(model.class_names, model.wnids)
+    if any_wnid and model.class_names is None and not model.wnids:
         raise InputError(
             f"{where} has folders named by ImageNet wnids, and the {model.num_classes} classes of {model.name} "
-            "are not ImageNet's: give a model of its 1000 classes, or name the folders by the model's own"
+            "are not ImageNet's: give a model of its 1000 classes, or name the folders by the model's own classes, or "
+            "these by wnids (class_names)"
         )
     found = {folder: index.find(folder) for folder in folders}
     if lost := [folder for folder, matches in found.items() if not matches]:
         raise InputError(
             f"{len(lost)} of the {len(folders)} folders of {where} are no class of {model.name}: "
-            f"{_listed(lost)}; name the folders by the model's classes{' or by wnids' if index.has_wnids else ''}"
+            f"{_listed(lost)}; name the folders by the model's classes{' or by wnids' if model.wnids else ''}"
         )
     for folder, matches in found.items():
         if len(matches) > 1:
             raise InputError(
                 f"folder {folder} of {where} is ambiguous: the classes {_listed(matches)} of {model.name} all "
-                f"have that name; {'use the wnid' if index.has_wnids else 'rename the classes'}"
+                f"have that name; {'use the wnid' if model.wnids else 'rename the classes'}"
             )
     return [matches[0] for matches in found.values()], None
 
@@ -151,21 +91,17 @@ def _alphabetical(folders: Sequence[str], model: Model, where: str) -> tuple[lis
             "names: their order cannot be matched; give one folder for each class, empty ones included"
         )
     order = sorted(folders)
-    if all(map(str.isdecimal, folders)) and order != sorted(folders, key=int):
+    if order != sorted(folders, key=_numerically):
         raise InputError(
-            f"the folders of {where} are numbers whose alphabetical order ({_listed(order)}) is not that of the "
+            f"the folders of {where} hold numbers, and their alphabetical order ({_listed(order)}) is not that of the "
             "numbers: rename them with leading zeros"
         )
     return [order.index(folder) for folder in folders], tuple(order)
 
 
-def _called(name: str) -> list[str]:
-    """All that a class is called whose name may be a list of synonyms."""
-    return [name, *name.split(","), classes.ALSO.get(name, name)]
-
-
-def _folded(name: str) -> str:
-    return " ".join(re.split(r"[\s_-]+", name.strip().casefold()))
+def _numerically(name: str) -> list[tuple[int, str]]:
+    """By the number that digits are: "class_2" before "class_10"."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _listed(items: Sequence[object]) -> str:

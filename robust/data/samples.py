@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from robust.data import classes
 from robust.data.images import decode, read_file
-from robust.data.labels import counterparts, set_labels
+from robust.data.labels import set_labels
 from robust.data.source import Request, Source
 from robust.errors import InputError, unknown
-from robust.models import imagenet
+from robust.models import classes, imagenet
+from robust.models.classes import counterparts
 from robust.models.model import Model, Preprocess
 
 # Names as in foolbox's file names, such as cifar10_07_6.png: the eighth image, of class 6.
@@ -72,7 +72,7 @@ def _choose(model: Model) -> str:
         fitting = [
             name
             for name, count in CLASSES.items()
-            if count == model.num_classes and None not in (counterparts(_known_as(name), model) or ())
+            if count == model.num_classes and None not in (counterparts(_known_as(name), model.class_names) or ())
         ]
         if len(fitting) == 1:
             return fitting[0]

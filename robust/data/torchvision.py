@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from robust.data import classes
 from robust.data.images import decode, pixels, read_file
-from robust.data.labels import set_labels
+from robust.data.labels import folder_labels, set_labels
 from robust.data.source import Request, Source, row_ids
 from robust.errors import InputError
+from robust.models import classes
 from robust.models.model import Model
+from robust.models.probe import describe
 
 
 class Set(NamedTuple):
@@ -57,7 +58,7 @@ def accepts(spec: str) -> bool:
 def load(request: Request) -> Source:
     name, model = request.spec.lower(), request.model
     entry = SETS[name]
-    if model.num_classes != entry.num_classes:
+    if model.num_classes != entry.num_classes and not (name == "imagenette" and model.wnids):
         raise InputError(f"{name} has {entry.num_classes} classes and {model.name} has {model.num_classes}")
     if request.data_root is None:
         raise InputError(
@@ -77,12 +78,12 @@ def _open(entry: Set, root: Path) -> Any:
     loader = {} if entry.labels else {"loader": str}
     try:
         return cls(root, **entry.split, **loader)
-    except (RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0].partition(" You can ")[0].rstrip(".")
+    except Exception as error:  # of broken files, whatever torchvision and its readers stumble on
+        reason = describe(error).partition(" You can ")[0].rstrip(".")
         way = f"see torchvision's documentation of {entry.cls}, or give a folder of its images: --data DIR"
         if "download" in signature(cls).parameters:
             way = f"torchvision.datasets.{entry.cls}({str(root)!r}, download=True) fetches it"
-        raise InputError(f"{entry.cls} is not under --data-root {root} ({reason}); {way}") from None
+        raise InputError(f"there is no readable {entry.cls} under --data-root {root} ({reason}); {way}") from None
 
 
 def _in_memory(held: Any, entry: Set, model: Model) -> Source:
@@ -91,7 +92,10 @@ def _in_memory(held: Any, entry: Set, model: Model) -> Source:
         return pixels(image, f"{entry.cls}[{row}]", model), hashlib.sha256(image.tobytes()).hexdigest()
 
     names = entry.class_names or _class_names(held)
-    labels = set_labels([int(label) for label in getattr(held, entry.labels)], names, model, entry.cls)
+    given = [int(label) for label in getattr(held, entry.labels)]
+    if len(given) != len(held):
+        raise InputError(f"{entry.cls} has {len(held)} images and {len(given)} labels: download it again")
+    labels = set_labels(given, names, model, entry.cls)
     return Source(row_ids(len(held)), labels, read, model.class_names or names)
 
 
@@ -105,9 +109,23 @@ def _in_files(held: Any, entry: Set, root: Path, model: Model) -> Source:
 
     ids = [path.relative_to(root).as_posix() for path in paths]
     names = _class_names(held)
-    known_as = names and tuple(map(", ".join, zip(names, getattr(held, "wnids", names), strict=True)))
-    labels = set_labels([int(label) for _, label in pairs], known_as, model, entry.cls)
+    labels = _labels([int(label) for _, label in pairs], names, held, entry, model)
     return Source(ids, labels, read, model.class_names or names)
+
+
+def _labels(given: list[int], names: tuple[str, ...] | None, held: Any, entry: Set, model: Model) -> list[int]:
+    """The model's labels for torchvision's, which are ranks among the class folders that are there."""
+    wnids = getattr(held, "wnids", None)
+    if wnids and model.wnids:
+        index, _ = folder_labels(wnids, model, entry.cls)
+        return [index[label] for label in given]
+    if names and len(names) != entry.num_classes:
+        raise InputError(
+            f"{entry.cls} has {len(names)} of its {entry.num_classes} class folders, and torchvision labels them by "
+            "their order: download it whole, or give the folder that holds the class folders: --data DIR"
+        )
+    known_as = names and tuple(map(", ".join, zip(names, wnids or names, strict=True)))
+    return set_labels(given, known_as, model, entry.cls)
 
 
 def _class_names(held: Any) -> tuple[str, ...] | None:

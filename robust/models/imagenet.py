@@ -6,6 +6,7 @@ from functools import cache
 
 from torch import nn
 
+from robust.models.classes import counterparts
 from robust.models.model import Model, Normalize, Preprocess, fingerprint
 from robust.models.probe import count_classes
 
@@ -33,6 +34,12 @@ def names_and_wnids() -> tuple[str, ...]:
     return tuple(f"{name}, {wnid}" for name, wnid in zip(class_names(), wnids(), strict=True))
 
 
+def wnids_of(num_classes: int, names: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The wnids of a network of ImageNet's 1000 classes in its order, however `names` spells them; else None."""
+    alike = num_classes == NUM_CLASSES and counterparts(names_and_wnids(), names) is None
+    return wnids() if alike else None
+
+
 def classifier(
     name: str,
     source: str,
@@ -44,10 +51,11 @@ def classifier(
 ) -> Model:
     """The Model of a network that wants (x - mean) / std; with 1000 classes it is taken for one of ImageNet.
 
-    `input_size`, where given, overrides the side of the square that `preprocess` ends with.
+    `input_size`, where given, overrides the side of the square that `preprocess` ends with; as much is cut off.
     """
     if input_size is not None:
-        preprocess = replace(preprocess, resize=input_size, crop=input_size)
+        resize = round(preprocess.resize * input_size / preprocess.crop)
+        preprocess = replace(preprocess, resize=resize, crop=input_size)
     module = nn.Sequential(Normalize(mean, std), net).eval()
     size = (len(mean), preprocess.crop, preprocess.crop)
     num_classes = count_classes(module, size)
@@ -59,6 +67,6 @@ def classifier(
         input_size=size,
         preprocess=preprocess,
         class_names=class_names() if num_classes == NUM_CLASSES else None,
-        wnids=wnids() if num_classes == NUM_CLASSES else None,
+        wnids=wnids_of(num_classes, None),
         fingerprint=fingerprint(module),
     )

@@ -50,8 +50,8 @@ def load(name: str, weights: Path | None, input_size: int | None) -> Model:
     module.eval()
     size, classes, preprocess = _input(module, input_size)
     class_names = _class_names(module, classes)
-    is_imagenet = classes == imagenet.NUM_CLASSES and class_names is None
-    if is_imagenet and size == IMAGENET and input_size is None:
+    wnids = imagenet.wnids_of(classes, class_names)
+    if wnids and size == IMAGENET:
         preprocess = Preprocess(resize=256, crop=224)
     digest = hashlib.sha256(Path(source.__file__).read_bytes()).hexdigest() if source.__file__ else ""
     return Model(
@@ -61,8 +61,8 @@ def load(name: str, weights: Path | None, input_size: int | None) -> Model:
         num_classes=classes,
         input_size=size,
         preprocess=preprocess,
-        class_names=imagenet.class_names() if is_imagenet else class_names,
-        wnids=imagenet.wnids() if is_imagenet else None,
+        class_names=class_names or (imagenet.class_names() if wnids else None),
+        wnids=wnids,
         fingerprint=fingerprint(module, digest),
         was_training=was_training,
     )
