@@ -7,7 +7,9 @@ function, whose least value over the box is known. It tells something of network
 
 A copy of the module runs its own code, on a tensor that knows its bounds and refuses every operation without a rule
 here. The tensor itself has no values (it is on the meta device), so that what gets around the rules, such as a scripted
-part, works on nothing and is seen to do so. Bounds are in float64; how far float32 may be from them is measured.
+part, works on nothing and is seen to do so. Bounds are in float64, on what float32 makes of the network: each operation
+adds the most that rounding can change there, n·u times the absolute values of the n that are summed (Higham, Accuracy
+and Stability of Numerical Algorithms, 2002, section 3.1), which is traced back like any other change.
 """
 
 from __future__ import annotations
@@ -33,9 +35,10 @@ MOST_VALUES = 2**18  # of the images bounded at once
 MOST_PARAMETERS = 2**24  # of larger networks bounds say nothing
 MOST_CLASSES = 100  # that bounds on the logits alone do not rule out
 MOST_CROSSING = 0.5  # share of a ReLU's inputs that may have either sign, beyond which bounds say nothing
-# What float32 may make of the network that is bounded in float64: a share of the largest logit, and so many times what
-# it is seen to make of it at the corner of the box.
-ROUNDING = 1e-4
+UNIT = 2.0**-24  # u, the largest relative error of rounding to float32
+# Room for algorithms that sum transformed values (Winograd's): a share of the largest logit, and so many times how far
+# the logits are seen to be off at the corner of the box.
+ROOM = 1e-4
 TIMES = 10
 ALIKE = 1e-2  # share of the largest logit, beyond which that is no rounding
 
@@ -92,7 +95,10 @@ class Certifier:
         with _no_bounds("the network fails"):
             self._copy(x)  # so that what its code keeps for later, such as grids of this size, is of images
         image, logits = self._bounded((low + high) / 2, (high - low) / 2)
-        room = ROUNDING * (logits.middle.abs() + logits.radius).amax(1)
+        size = (logits.middle.abs() + logits.radius).amax(1)
+        if not bool(size.isfinite().all()):
+            raise NoBounds("its bounds are not finite")
+        room = ROOM * size
         # By intervals alone, which rule most classes out on some networks.
         least = (logits.middle - logits.radius).gather(1, y[:, None]) - (logits.middle + logits.radius)
         least.scatter_(1, y[:, None], math.inf)
@@ -114,7 +120,7 @@ class Certifier:
             lower = least[:, other] < worst
             worst = torch.where(lower, least[:, other], worst)
             corner = torch.where(lower[:, None, None, None], there, corner)
-        room = torch.maximum(room, TIMES * self._rounding(corner))
+        room = torch.maximum(room, TIMES * self._off(corner, size))
         if not bool((gap >= -room).all()):
             raise Contradiction("the network does not keep to its bounds")
         return least[:, others].amin(1) - room
@@ -124,11 +130,11 @@ class Certifier:
         with _no_bounds("the network fails at the corner of a box"):
             return self.module(corner).double()
 
-    def _rounding(self, corner: Tensor) -> Tensor:
-        """(N,) how far the network's logits are off those in float64."""
+    def _off(self, corner: Tensor, size: Tensor) -> Tensor:
+        """(N,) how far the network's logits, which are of this size (N,) in the box, are off those in float64."""
         _, exact = self._bounded(corner.double(), torch.zeros_like(corner, dtype=torch.float64))
         off = (self._say(corner) - exact.middle).abs().amax(1)
-        if not bool((off <= ALIKE * exact.middle.abs().amax(1)).all()):
+        if not bool((off <= ALIKE * size + exact.radius.amax(1)).all()):
             raise Contradiction("the network says something else than its copy")
         return off
 
@@ -168,6 +174,7 @@ class _Tape:
 class _Node:
     """Values between middle - radius and middle + radius, (N, ...) in float64, row by row.
 
+    rounding: how much of the radius float32 itself may add here.
     sources: the nodes that they are computed from, each with what takes coefficients (N, ...) on these values to
     coefficients on the source's, and to what a lower bound of their sum changes by, (N,). Of what has none, the
     interval is all that is known.
@@ -178,6 +185,12 @@ class _Node:
     tape: _Tape = field(repr=False)
     sources: Sequence[tuple[_Node, Callable[[Tensor], tuple[Tensor, Tensor | float]]]] = ()
     shared: bool = False  # with another tensor, which would change along with this one
+    rounding: Tensor | float = 0.0
+
+    @property
+    def size(self) -> Tensor:
+        """The most that the absolute values can be."""
+        return self.middle.abs() + self.radius
 
     def __post_init__(self) -> None:
         self.tape.nodes.append(self)
@@ -192,8 +205,8 @@ def _trace_back(logits: _Node, image: _Node, coefficients: Tensor) -> tuple[Tens
         here = of.pop(node, None)
         if here is None:
             continue
-        if not node.sources:
-            least = least - (here.abs() * node.radius).flatten(1).sum(1)
+        unknown = node.rounding if node.sources else node.radius
+        least = least - (here.abs() * unknown).flatten(1).sum(1)
         if node is image:
             slopes = here
         for source, back in node.sources:
@@ -272,18 +285,28 @@ def _linear(
     node: _Node,
     function: Callable[[Tensor], Tensor],
     spread: Callable[[Tensor], Tensor] | None = None,
+    terms: int = 0,
+    added: Tensor | float | None = None,
     view: bool = False,
 ) -> _Bounded:
-    """A linear function plus a constant, row by row. spread: the same with the absolute values of its coefficients,
-    and without the constant; None where no coefficient is negative."""
+    """A linear function plus a constant, row by row.
+
+    spread: the same with the absolute values of its coefficients, and without the constant; None where no coefficient
+        is negative.
+    terms: how many values are summed for each, constants and factors included; 0 where none is computed.
+    added: the absolute values of all constants, where they are more than that of their sum.
+    """
     point = node.middle.detach().requires_grad_()
     with torch.enable_grad():
         through = function(point)
     middle = through.detach()
-    if spread is None:
-        radius = function(node.radius) - function(torch.zeros_like(node.radius))
-    else:
-        radius = spread(node.radius)
+    constant = function(torch.zeros_like(node.radius))
+    widened = spread or (lambda r: function(r) - constant)
+    radius: Tensor = widened(node.radius)
+    rounding: Tensor | float = 0.0
+    if terms:
+        rounding = terms * UNIT * (widened(node.size) + (constant.abs() if added is None else added))
+        radius = radius + rounding
     if len(middle) != len(node.middle):
         raise NoBounds("there is no rule for what mixes images")
 
@@ -294,22 +317,30 @@ def _linear(
         return torch.autograd.grad(weighted, point, retain_graph=True)[0], 0.0
 
     node.shared = node.shared or view
-    return _Bounded.of(_Node(middle, radius, node.tape, [(node, back)], shared=view))
+    return _Bounded.of(_Node(middle, radius, node.tape, [(node, back)], view, rounding))
 
 
 def _conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     weight, bias = _constant(weight), _constant(bias)
+    if _node(x).middle.ndim != 4:
+        raise NoBounds("there is no rule for a convolution of one image")
     how = (stride, padding, dilation, groups)
     return _linear(
         _node(x),
         lambda z: F.conv2d(z, weight, bias, *how),
         lambda r: F.conv2d(r, weight.abs(), None, *how),
+        terms=weight[0].numel() + 1,
     )
 
 
 def _dense(x, weight, bias=None):
     weight, bias = _constant(weight), _constant(bias)
-    return _linear(_node(x), lambda z: F.linear(z, weight, bias), lambda r: F.linear(r, weight.abs()))
+    return _linear(
+        _node(x),
+        lambda z: F.linear(z, weight, bias),
+        lambda r: F.linear(r, weight.abs()),
+        terms=weight[0].numel() + 1,
+    )
 
 
 def _batch_norm(x, mean, variance, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
@@ -317,10 +348,18 @@ def _batch_norm(x, mean, variance, weight=None, bias=None, training=False, momen
         raise NoBounds("there is no rule for statistics of a batch")
     mean, variance, weight, bias = map(_constant, (mean, variance, weight, bias))
     positive = None if weight is None else weight.abs()
+
+    def normalised(z: Tensor, mean: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.batch_norm(z, mean, variance, weight, bias, False, momentum, eps)
+
+    none = torch.zeros_like(mean)
+    size = None if bias is None else bias.abs()
     return _linear(
         _node(x),
-        lambda z: F.batch_norm(z, mean, variance, weight, bias, False, momentum, eps),
-        lambda r: F.batch_norm(r, torch.zeros_like(mean), variance, positive, None, False, momentum, eps),
+        lambda z: normalised(z, mean, weight, bias),
+        lambda r: normalised(r, none, positive, None),
+        terms=6,  # the mean, the deviation with eps, its inverse, the weight, the bias, and the product
+        added=normalised(torch.zeros_like(_node(x).radius), -mean.abs(), positive, size),
     )
 
 
@@ -353,7 +392,8 @@ def _monotone(function: Callable[..., Tensor]) -> Callable[..., _Bounded]:
         node = _node(x)
         low = function(node.middle - node.radius, *args, **kwargs)
         high = function(node.middle + node.radius, *args, **kwargs)
-        return _Bounded.of(_Node((low + high) / 2, (high - low) / 2, node.tape))
+        rounding = 8 * UNIT * torch.maximum(low.abs(), high.abs())  # of libraries' exponentials, a few units
+        return _Bounded.of(_Node((low + high) / 2, (high - low) / 2 + rounding, node.tape))
 
     return rule
 
@@ -381,7 +421,10 @@ def _sum(x, y, *, inplace: bool = False, sign: float = 1.0):
         if a.middle.shape != b.middle.shape or a.tape is not b.tape:
             raise NoBounds("there is no rule for sums of activations of two shapes or passes")
         sources = [(a, lambda c: (c, 0.0)), (b, lambda c: (sign * c, 0.0))]
-        return _written(x, _Node(a.middle + sign * b.middle, a.radius + b.radius, a.tape, sources), inplace)
+        rounding = UNIT * (a.size + b.size)
+        radius = a.radius + b.radius + rounding
+        node = _Node(a.middle + sign * b.middle, radius, a.tape, sources, rounding=rounding)
+        return _written(x, node, inplace)
     if isinstance(x, _Bounded):
         y = _constant(y)
         return _scaled(x, lambda z: z + sign * y, lambda r: r, inplace)
@@ -405,23 +448,27 @@ def _quotient(x, y, *, inplace: bool = False):
 
 def _scaled(x: _Bounded, function, spread, inplace: bool = False) -> _Bounded:
     """Value by value, with constants that broadcast to the shape of x."""
-    made = _linear(x.node, function, spread)
+    made = _linear(x.node, function, spread, terms=2)
     if made.node.middle.shape != x.node.middle.shape:
         raise NoBounds("there is no rule for what is repeated")
     return _written(x, made.node, inplace)
 
 
-def _plain(function: Callable[..., Tensor], view: bool = False) -> Callable[..., _Bounded]:
+def _plain(function: Callable[..., Tensor], view: bool = False, averages: bool = False) -> Callable[..., _Bounded]:
     """Of what picks or averages values, row by row."""
 
     def rule(x, *args, **kwargs):
-        return _linear(_node(x), lambda z: function(z, *args, **kwargs), view=view)
+        node = _node(x)
+        terms = node.middle[0].numel() if averages else 0  # at most
+        return _linear(node, lambda z: function(z, *args, **kwargs), terms=terms, view=view)
 
     return rule
 
 
-def _keep_rows(function: Callable[..., Tensor], dims: Callable[..., Any], view: bool = True) -> Callable[..., _Bounded]:
-    """As `_plain`, of what is told dimensions, which must not be the images'."""
+def _keep_rows(
+    function: Callable[..., Tensor], dims: Callable[..., Any], averages: bool = False
+) -> Callable[..., _Bounded]:
+    """As `_plain`, of what is told dimensions, which must not be the images'; a view of x, but for averages."""
 
     def rule(x, *args, **kwargs):
         node = _node(x)
@@ -429,13 +476,13 @@ def _keep_rows(function: Callable[..., Tensor], dims: Callable[..., Any], view: 
         named = named if isinstance(named, Sequence) else [named]
         if any(not isinstance(dim, int) or dim % node.middle.ndim == 0 for dim in named):
             raise NoBounds("there is no rule for what mixes images")
-        return _plain(function, view)(x, *args, **kwargs)
+        return _plain(function, not averages, averages)(x, *args, **kwargs)
 
     return rule
 
 
 def _avg_pool2d(x, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True):
-    return _plain(F.avg_pool2d)(x, kernel_size, stride, padding, ceil_mode, count_include_pad)
+    return _plain(F.avg_pool2d, averages=True)(x, kernel_size, stride, padding, ceil_mode, count_include_pad)
 
 
 def _pad(x, pad, mode="constant", value=None):
@@ -520,10 +567,10 @@ def _rules() -> dict[Any, Callable[..., Any]]:
     means: list[Any] = [torch.mean, Tensor.mean]
     rules |= {function: _monotone(function) for function in rising}
     rules |= {function: _keep_rows(function, lambda *dims: dims) for function in turning}
-    rules |= {function: _keep_rows(function, lambda dim, keepdim=False: dim, view=False) for function in means}
+    rules |= {function: _keep_rows(function, lambda dim, keepdim=False: dim, averages=True) for function in means}
     give(_pad, F.pad)
     give(_avg_pool2d, F.avg_pool2d)
-    give(_plain(F.adaptive_avg_pool2d), F.adaptive_avg_pool2d)
+    give(_plain(F.adaptive_avg_pool2d, averages=True), F.adaptive_avg_pool2d)
     give(_flatten, torch.flatten, Tensor.flatten)
     give(_reshape, torch.reshape, Tensor.reshape, Tensor.view)
     give(_permute, Tensor.permute)
