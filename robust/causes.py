@@ -142,16 +142,25 @@ def _nothing_to_lose(comparison: Comparison) -> Iterator[str]:
 
 def _few(comparison: Comparison) -> Iterator[str]:
     """The least drop that the test could see, that in which no image rises, where it is a large one or impossible."""
-    if comparison.rules.significant:
-        clean = comparison.changes[0]
-        needed = math.ceil(math.log2(2 * comparison.tests / comparison.rules.significant))
-        if needed > clean.before:
+    if not comparison.rules.significant:
+        return
+    clean = comparison.changes[0]
+    needed = math.ceil(math.log2(2 * comparison.tests / comparison.rules.significant))
+    if needed > clean.before:
+        yield (
+            f"On {format_images(clean.n)} no drop can be significant, even if all that were right fall; "
+            "--plan says how many are needed."
+        )
+        return
+    if needed > FEW * clean.n:
+        yield (
+            f"{format_images(clean.n)} are few: {format_count(needed)} of them would have to fall, and none rise, "
+            "before the test can tell; --plan says how many are needed."
+        )
+    for change in comparison.changes:
+        if change.row.attack == WORST_CASE and 0 < change.before < needed:
             yield (
-                f"On {format_images(clean.n)} no drop can be significant, even if all that were right fall; "
-                "--plan says how many are needed."
-            )
-        elif needed > FEW * clean.n:
-            yield (
-                f"{format_images(clean.n)} are few: {format_count(needed)} of them would have to fall, and none rise, "
-                "before the test can tell; --plan says how many are needed."
+                f"At {change.row.norm} {format_eps(change.row.eps, change.row.norm)} {format_images(change.before)} "
+                f"withstood before, and {format_count(needed)} would have to fall before the test can tell: compare at "
+                "smaller eps too."
             )

@@ -158,10 +158,10 @@ def _power(n: int, drop: float, churn: float, significance: float) -> float:
     edges = np.arange(max(0, int(n * changing - reach)) - 1, min(n, int(n * changing + reach) + 1) + 1)
     changed = edges[1:]
     probability = np.diff(np.nan_to_num(bdtr(edges, n, changing)))  # bdtr is nan at -1
-    # The most that may rise with the p-value still below the significance, -1 for none: approximated, then corrected.
+    # The most that may rise with the p-value not above the significance, -1 for none: approximated, then corrected.
     rose = np.maximum(np.floor((changed + ndtri(significance / 2) * np.sqrt(changed)) / 2), -1)
-    while (more := 2 * bdtr(rose + 1, changed, 0.5) < significance).any():
+    while (more := 2 * bdtr(rose + 1, changed, 0.5) <= significance).any():
         rose += more
-    while (fewer := 2 * bdtr(rose, changed, 0.5) >= significance).any():
+    while (fewer := 2 * bdtr(rose, changed, 0.5) > significance).any():
         rose -= fewer
     return float(probability @ np.nan_to_num(bdtr(rose, changed, churn / changing)))

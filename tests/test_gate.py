@@ -418,6 +418,14 @@ def test_so_few_images_that_no_drop_can_be_significant_are_told():
     assert any(said.startswith("On 1 image no drop") for said in compare(one, one).notes)
 
 
+def test_so_few_that_withstood_that_their_fall_cannot_be_significant_are_told():
+    for standing in (6, 7):
+        run = verdicts({("pgd", 0.1): share(200, standing)}, clean=share(200, 200))
+        gone = verdicts({("pgd", 0.1): share(200, 0)}, clean=share(200, 200))
+        told = any("At linf 0.1 6 images withstood before, and 7 would" in note for note in compare(run, run).notes)
+        assert told == compare(run, gone).passed == (standing == 6)
+
+
 @pytest.mark.parametrize(
     ("written", "expected"),
     [

@@ -222,14 +222,14 @@ def test_power_and_sample_size_as_published():
     assert sample_size(drop=0.20, churn=0.25) == 144
 
 
-@pytest.mark.parametrize("significance", [0.05, 0.05 / 6, 1e-6])
+@pytest.mark.parametrize("significance", [0.05, 0.05 / 6, 1e-6, 0.125])  # the last is the p-value of 4 to 0
 @pytest.mark.parametrize(("n", "drop", "churn"), [(30, 0.1, 0.2), (144, 0.2, 0.25), (400, 0.05, 0.0), (400, 0.05, 0.1)])
 def test_power_is_the_sum_over_all_tables(n, drop, churn, significance):
     fell, rose = np.meshgrid(np.arange(n + 1), np.arange(n + 1), indexing="ij")
     possible = fell + rose <= n
     fell, rose = fell[possible], rose[possible]
     share = binom.pmf(fell, n, drop + churn) * binom.pmf(rose, n - fell, churn / (1 - drop - churn))
-    found = (2 * binom.cdf(rose, fell + rose, 0.5) < significance) & (rose < fell)
+    found = (2 * binom.cdf(rose, fell + rose, 0.5) <= significance) & (rose < fell)
     assert power(n, drop, churn, significance=significance) == pytest.approx(share[found].sum(), abs=1e-12)
 
 
