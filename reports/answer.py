@@ -65,12 +65,19 @@ def answer(store: Store, summary: pd.DataFrame | None = None) -> str:
     )
 
 
-def verdict(findings: Iterable[Finding]) -> tuple[str, str]:
-    """("pass" | "warn" | "fail", one sentence: whether to believe the answer, and why)."""
+def verdict(findings: Iterable[Finding], unproved: int = 0) -> tuple[str, str]:
+    """("pass" | "warn" | "fail", in a sentence or two: whether to believe the answer, and why).
+
+    unproved: images that stand without a proof; see `robust.diagnostics.standing_unproved`.
+    """
     findings = list(findings)
     if not findings:
         return "warn", "Nothing was checked, so nothing says whether this can be believed."
-    for level, advice in (("fail", "Do not believe this number yet"), ("warn", "Believe this number with care")):
+    bound = " as an upper bound" if unproved else ""
+    for level, advice in (
+        ("fail", "Do not believe this number yet"),
+        ("warn", f"Believe this number{bound} with care"),
+    ):
         reasons = [finding for finding in findings if finding.level == level]
         if reasons:
             said = "; ".join(f"{finding.name} – {finding.message.rstrip('.')}" for finding in reasons)
@@ -79,7 +86,9 @@ def verdict(findings: Iterable[Finding]) -> tuple[str, str]:
             return level, f"{advice}, because {count}: {said}."
     names = ", ".join(finding.name for finding in findings)
     passing = "the one check passes" if len(findings) == 1 else f"all {len(findings)} checks pass"
-    return "pass", f"This number can be believed, because {passing}: {names}."
+    standing = "the image that stands" if unproved == 1 else f"the {format_images(unproved)} that stand"
+    further = f" A stronger attack may break {standing} without a proof." if unproved else ""
+    return "pass", f"This number can be believed{bound}, because {passing}: {names}.{further}"
 
 
 def _agreeing(verb: str, count: int) -> str:

@@ -17,6 +17,7 @@ from reports.curve import NARROW, WIDE, inline_svg, nearest, with_certified
 from reports.gallery import ROLES, Example, choose, data_uri, rule
 from reports.jsonreport import data_fingerprint
 from robust import units
+from robust.diagnostics import standing_unproved
 from robust.files import write_text
 from robust.statistics import CONTROL, WORST_CASE, wilson
 from robust.store import Store
@@ -70,7 +71,7 @@ def environment(class_names: Sequence[str] | None) -> Environment:
 def _context(store: Store, summary: pd.DataFrame) -> dict[str, Any]:
     identity, details, row = store.identity, store.details, headline(summary)
     findings = store.findings()
-    level, reason = verdict(findings)
+    level, reason = verdict(findings, standing_unproved(store, summary))
     correct = round(row.clean_accuracy * row.n)
     samples = store.samples(row.eps)
     confused = confusions(samples)

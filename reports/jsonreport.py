@@ -8,6 +8,7 @@ from typing import Any
 
 from reports.answer import answer, verdict
 from robust.baseline import from_store, pack
+from robust.diagnostics import standing_unproved
 from robust.files import write_text
 from robust.store import SCHEMA_VERSION, Store
 
@@ -15,7 +16,7 @@ from robust.store import SCHEMA_VERSION, Store
 def write_json(store: Store, folder: Path) -> None:
     """Write `folder`/report.json. InputError where the run holds no results, or lacks verdicts on some samples."""
     identity, details, summary, findings = store.identity, store.details, store.summary(), store.findings()
-    level, reason = verdict(findings)
+    level, reason = verdict(findings, standing_unproved(store, summary))
     refuted, overlooked = store.twin_disagreements()
     report = {
         "schema_version": SCHEMA_VERSION,

@@ -12,6 +12,7 @@ from robust.statistics import CONTROL, WORST_CASE, wilson
 from robust.store import Finding, Store
 from robust.units import format_images, format_percent
 
+STANDARD = ("autoattack", "autoattack-rand")  # of the field: what a claim of robustness is held to
 GRADIENT_FREE = ("square", "transfer", CONTROL)
 FEW_SAMPLES = 100
 FEW_STEPS = 10
@@ -46,13 +47,14 @@ def review(store: Store) -> Iterator[Finding]:
     else:
         level, said = "pass", f"is above {chance}"
     yield Finding("clean accuracy", level, f"{format_percent(clean)} on clean images {said}")
-    width = 100 * float((summary.ci_high - summary.ci_low).max())
-    yield Finding.check(
-        "sample size",
-        n >= FEW_SAMPLES,
-        f"{format_images(n)}: the 95 % interval is at most {width:.0f} points wide",
-        f"only {format_images(n)}: the 95 % interval is up to {width:.0f} points wide",
+    wide = 100 * float(worst.ci_high.iloc[-1] - worst.ci_low.iloc[-1])
+    widths = (
+        f"{format_images(n)}: the 95 % interval of the clean accuracy is {100 * (high - low):.0f} points wide, "
+        f"that of the worst case at the largest eps {wide:.0f}"
     )
+    yield Finding.check("sample size", n >= FEW_SAMPLES, widths, f"only {widths}")
+    if clean == 0:  # nothing was attacked, and what is said of attacks would be said of none
+        return
     certified, standing = store.certified(), [round(share * n) for share in worst.robust_accuracy]
     if certified[-1]:
         yield Finding(
@@ -64,11 +66,13 @@ def review(store: Store) -> Iterator[Finding]:
     if certified == standing and certified[-1]:
         yield Finding("attack strength", "pass", "no attack could break more: what stands is certified, at every eps")
     else:
-        yield _strength(identity["options"], set(summary.attack) - {WORST_CASE}, details.get("attacks", []))
+        attacks, unproved = set(summary.attack) - {WORST_CASE}, standing_unproved(store, summary)
+        yield _strength(identity["options"], attacks, details.get("attacks", []), unproved)
     for attack in details.get("attacks", []):
         for reason in attack.get("left_out", []):
             yield Finding(f"parts of {attack['name']}", "warn", f"{reason}; this is not the whole standard ensemble")
-    if broken := store.components("autoattack"):
+    broken = store.components("autoattack")
+    if broken and summary.forwards[summary.attack == "autoattack"].any():
         # The flag of fra31/auto-attack's own checks.py.
         found = broken.get("square", 0)
         yield Finding.check(
@@ -78,7 +82,9 @@ def review(store: Store) -> Iterator[Finding]:
             f"Square, which uses no gradient, broke {found} images that the gradient attacks had left: their "
             "gradients may be masked (arXiv 1802.00420)",
         )
-    yield from _comparisons(summary)
+    yield from _comparisons(summary, certified[-1] == standing[-1])
+    if not summary.forwards.any():
+        return
     refuted, overlooked = store.twin_disagreements()
     yield Finding(
         "re-verification",
@@ -89,7 +95,18 @@ def review(store: Store) -> Iterator[Finding]:
     )
 
 
-def _strength(options: dict, attacks: set[str], described: Sequence[dict]) -> Finding:
+def standing_unproved(store: Store, summary: pd.DataFrame) -> int:
+    """How many images stand at the largest eps without a proof, where the field's standard has not been tried.
+
+    As long as there are any, robust accuracy is an upper bound. `summary` holds results.
+    """
+    if not summary.attack.isin(STANDARD).any():
+        worst = summary[summary.attack == WORST_CASE].iloc[-1]
+        return round(worst.robust_accuracy * worst.n) - store.certified()[-1]
+    return 0
+
+
+def _strength(options: dict, attacks: set[str], described: Sequence[dict], unproved: int) -> Finding:
     name, steps = "attack strength", options.get("steps")
     others = sorted(attacks - {"fgsm", *GRADIENT_FREE})
     if "autoattack" in others:
@@ -108,8 +125,17 @@ def _strength(options: dict, attacks: set[str], described: Sequence[dict]) -> Fi
             )
         if steps is not None and steps < FEW_STEPS and "autoattack-rand" not in known:
             return Finding(name, "warn", f"{steps} steps are few; with more, robust accuracy is likely lower")
-        return Finding(name, "pass", f"{', '.join(known)} searched beyond the first step")
+        said = f"{', '.join(known)} searched beyond the first step"
+        return Finding(name, "pass", said + (_bound(options, unproved) if unproved else ""))
     return Finding(name, "warn", f"how strong {', '.join(others)} is, is not known; add --attack pgd")
+
+
+def _bound(options: dict, unproved: int) -> str:
+    """No warning, for where attacks leave anything at all this is so, and the more the smaller eps is."""
+    stand = "image stands" if unproved == 1 else "images stand"
+    standard = "autoattack-rand" if (options.get("eot") or 1) > 1 else "autoattack"
+    stronger = "a stronger attack" if options["norm"] == "l0" else f"--attack {standard}"
+    return f"; {unproved:,} {stand} without a proof: an upper bound, and {stronger} may leave less"
 
 
 def _span(described: Sequence[dict]) -> float:
@@ -124,7 +150,11 @@ def _but(share: float, n: int) -> str:
     return f", but for {format_images(round(share * n))}" if share > 0 else ""
 
 
-def _comparisons(summary: pd.DataFrame) -> Iterator[Finding]:
+def _comparisons(summary: pd.DataFrame, proved: bool = False) -> Iterator[Finding]:
+    """What the curves say beside each other. proved: whether all that stands at the largest eps is certified."""
+    # An attack that was spared every image, as all are certified, says nothing of itself.
+    evaluated = summary.groupby("attack").forwards.transform("sum") > 0
+    summary = summary[evaluated | (summary.attack == WORST_CASE)]
     table = summary.pivot(index="eps", columns="attack", values="robust_accuracy")
     n = int(summary.n.iloc[0])
     one = max(1.5 / n, 0.005)  # a difference of one image, or of half a point, is no evidence
@@ -174,7 +204,9 @@ def _comparisons(summary: pd.DataFrame) -> Iterator[Finding]:
     fell = clean - float(worst.iloc[-1])
     yield Finding.check(
         "falls with eps",
-        fell > 0 or clean == 0,
-        f"accuracy falls by {100 * fell:.1f} points up to the largest eps",
+        fell > 0 or proved,
+        f"accuracy falls by {100 * fell:.1f} points up to the largest eps"
+        if fell > 0
+        else "no image fell at any eps, nor could one: all that stand are certified",
         "no image fell at any eps: the eps are too small to tell, or the attacks do not work on this model",
     )

@@ -7,12 +7,16 @@ from torch import nn
 import attacks
 import robust
 import robust.api
-from robust.diagnostics import _comparisons
+from robust.diagnostics import _comparisons, standing_unproved
 from toys import Linear, Outputs, conv_net, images
 
 
 def level(run, name):
     return {finding.name: finding.level for finding in run.findings}[name]
+
+
+def message(run, name):
+    return {finding.name: finding.message for finding in run.findings}[name]
 
 
 @pytest.mark.parametrize("masked", [-10.0, -1e9])
@@ -163,3 +167,58 @@ def test_what_may_be_guessing_is_not_passed(right, said):
     y = torch.tensor([0] * right + [1] * (60 - right))
     run = robust.run(model, (images(60), y), attacks=["noise"], eps=0.01)
     assert level(run, "clean accuracy") == said
+
+
+@pytest.mark.parametrize(
+    ("attack", "options", "said"),
+    [
+        ("pgd", {"norm": "linf", "eps": 0.001}, "and --attack autoattack may leave less"),
+        ("pgd", {"norm": "linf", "eps": 0.001, "eot": 2}, "and --attack autoattack-rand may leave less"),
+        ("sigma-zero", {"norm": "l0", "eps": 1, "steps": 10}, "and a stronger attack may leave less"),
+    ],
+)
+def test_what_stands_without_a_proof_is_an_upper_bound(model, data, attack, options, said):
+    run = robust.run(model, (data[0][5:9], data[1][5:9]), attacks=[attack], **options)
+    unproved = standing_unproved(run.store, run.summary)
+    assert unproved == round(run.summary.robust_accuracy.iloc[-1] * 4) > 0
+    assert message(run, "attack strength").endswith(f"without a proof: an upper bound, {said}")
+    assert level(run, "attack strength") == "pass"
+
+
+def test_what_autoattack_left_or_nothing_is_no_mere_bound(model, data):
+    few = data[0][5:9], data[1][5:9]
+    run = robust.run(model, few, attacks=["pgd"], eps=0.001)
+    assert standing_unproved(run.store, run.summary) > 0
+    assert standing_unproved(run.store, run.summary.replace({"attack": {"pgd": "autoattack"}})) == 0
+    run = robust.run(model, few, attacks=["pgd"], eps=0.3)
+    assert standing_unproved(run.store, run.summary) == 0
+    assert "upper bound" not in message(run, "attack strength")
+
+
+def test_a_result_that_is_proved_is_not_doubted():
+    """On a network that is sure of everything no attack has anything to do: neither is its idleness a sign."""
+    steady = nn.Sequential(nn.Flatten(), nn.Linear(432, 5))
+    steady[1].weight.data = torch.linspace(-1e-3, 1e-3, 5 * 432).view(5, 432)
+    steady[1].bias.data = torch.arange(5.0)
+    x = images(20)
+    run = robust.run(steady.eval(), (x, steady(x).argmax(1)), attacks=["fgsm", "pgd"], eps=0.01, certify=True)
+    assert run.store.certified() == [20] and standing_unproved(run.store, run.summary) == 0
+    said = {finding.name: finding.message for finding in run.findings}
+    assert {f.name for f in run.findings if f.level != "pass"} == {"sample size"}
+    assert said["falls with eps"] == "no image fell at any eps, nor could one: all that stand are certified"
+    assert not {"more steps", "re-verification"} & set(said)
+
+
+def test_nothing_is_said_of_attacks_where_nothing_was_attacked(model, data):
+    x, y = data
+    run = robust.run(model, (x, (model(x).argmax(1) + 1) % 5), attacks=["fgsm", "pgd", "noise"], eps=0.02)
+    preflight = {"eval mode", "deterministic", "rows independent", "logits", "gradients"}
+    assert {finding.name for finding in run.findings} == preflight | {"clean accuracy", "sample size"}
+
+
+def test_the_widths_named_are_those_on_the_page(model, data):
+    run = robust.run(model, data, attacks=["pgd"], eps=[0.001, 0.3])  # 35 of 40, and none
+    assert message(run, "sample size") == (
+        "only 40 images: the 95 % interval of the clean accuracy is 21 points wide, "
+        "that of the worst case at the largest eps 9"
+    )

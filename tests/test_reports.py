@@ -353,6 +353,29 @@ def test_the_verdict_is_that_of_the_worst_finding(findings: list[Finding], level
     assert verdict(findings) == (level, sentence)
 
 
+@pytest.mark.parametrize(
+    ("findings", "unproved", "sentence"),
+    [
+        ([PASS], 12, "This number can be believed as an upper bound, because the one check passes: a. "
+                     "A stronger attack may break the 12 images that stand without a proof."),
+        ([PASS], 1, "This number can be believed as an upper bound, because the one check passes: a. "
+                    "A stronger attack may break the image that stands without a proof."),
+        ([WARN], 12, "Believe this number as an upper bound with care, because 1 of 1 check warns: b – few."),
+        ([FAIL], 12, "Do not believe this number yet, because 1 of 1 check fails: c – masked."),
+    ],
+)  # fmt: skip
+def test_the_verdict_calls_an_upper_bound_one(findings: list[Finding], unproved: int, sentence: str) -> None:
+    assert verdict(findings, unproved)[1] == sentence
+
+
+def test_the_reports_count_what_stands_without_a_proof(tmp_path: Path) -> None:
+    # Of the 24 right, DeepFool breaks 12 at 2/255; of the 12 that stand 4 are certified.
+    write_reports(make_store(eps=[1 / 255, 2 / 255], certified=(10, 4), findings=(PASS,)), tmp_path)
+    said = "A stronger attack may break the 8 images that stand without a proof."
+    assert said in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert said in json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["verdict"]["reason"]
+
+
 # Tables
 
 
