@@ -12,7 +12,7 @@ SECONDS_BETWEEN_LINES = 30
 
 
 class Meter(AbstractContextManager["Meter"]):
-    """A listener to `robust.harness.evaluate`: images per second, time left, how many stood so far.
+    """A listener to `robust.harness.evaluate`: pairs of image and attack a second, time left, how many stood so far.
 
     `total` is the number of samples times that of attacks. With `quiet` it says nothing.
     """
@@ -48,11 +48,12 @@ class Meter(AbstractContextManager["Meter"]):
         self._done[attack] += n
         self._robust[attack] += robust
         now = time.monotonic()
-        rate = f"{self._done.total() / max(now - self._began, 1e-9):,.1f} images/s"
-        # No share: what breaks is done first.
-        standing = f"{self._robust[attack]:,} of {self._done[attack]:,} stand"
+        rate = f"{self._done.total() / max(now - self._began, 1e-9):,.1f} a second"
+        # No share: images that are wrong unattacked are done first, then those that break.
+        standing = f"{self._robust[attack]:,} stand so far"
         self._bar.update(self._task, advance=n, description=attack, rate=rate, robust=standing)
         if not self._quiet and not self._console.is_terminal and now - self._spoke > SECONDS_BETWEEN_LINES:
             self._spoke = now
             of = f" of {self._total:,}" if self._total else ""
-            print(f"{self._done.total():,}{of} (image, attack) pairs, {rate}; {attack}: {standing}", flush=True)
+            done = f"{self._done.total():,}{of} pairs of image and attack done"
+            print(f"{done}, {rate}; {attack}: {standing}", flush=True)

@@ -166,15 +166,18 @@ def test_threads_of_a_command_do_not_spin_for_long(monkeypatch):
         assert os.environ.get("GOMP_SPINCOUNT") == spins
 
 
-def test_the_line_on_the_way_counts_what_stands_of_what_is_done(project, capsys, monkeypatch):
-    """No share of it, for what breaks is done first."""
+def test_the_line_on_the_way_counts_pairs_and_what_stands(project, capsys, monkeypatch):
+    """Not of how many: images that are wrong unattacked are done first, then those that break."""
     monkeypatch.setattr("robust.progress.SECONDS_BETWEEN_LINES", -1)
     _, out, _ = run(f"{COMMON} --attack pgd --output out", capsys)
     lines = [line for line in out.splitlines() if "pairs" in line]
-    assert len(lines) > 1 and all(re.search(r"; pgd: \d+ of \d+ stand$", line) for line in lines)
-    stand, done = (int(lines[-1].split()[k]) for k in (-4, -2))
+    assert len(lines) > 1 and all(
+        re.fullmatch(r"\d+ of 40 pairs of image and attack done, [\d,.]+ a second; pgd: \d+ stand so far", line)
+        for line in lines
+    )
     largest = pd.read_csv(project / "out" / "summary.csv").query("attack == 'pgd'").iloc[-1]
-    assert (stand, done) == (round(largest.n * largest.robust_accuracy), largest.n)
+    assert lines[-1].startswith("40 of 40 ")
+    assert lines[-1].endswith(f"pgd: {round(largest.n * largest.robust_accuracy)} stand so far")
 
 
 @pytest.mark.parametrize("option", ["--list-attacks", "--help"])
