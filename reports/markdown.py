@@ -50,7 +50,7 @@ def _lines(comparison: Comparison) -> Iterator[str]:
     yield ""
     yield (
         f"{format_images(comparison.headline.n)}, paired. p: exact McNemar test, Holm-corrected over "
-        f"{comparison.tests} rows. Fails on: {inert(str(comparison.rules))}."
+        f"{comparison.tests} rows. {'Would fail' if comparison.passed else 'Fails'} on: {inert(str(comparison.rules))}."
     )
     yield from _fallen(comparison)
     yield ""

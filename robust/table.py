@@ -56,4 +56,4 @@ def remarks(comparison: Comparison) -> Iterator[str]:
             yield f"✕ {failure.message}"
     yield from (f"Cause: {cause}" for cause in comparison.causes)
     yield from (f"Note: {note}" for note in comparison.notes)
-    yield f"Fails on: {comparison.rules}."
+    yield f"{'Would fail' if comparison.passed else 'Fails'} on: {comparison.rules}."

@@ -20,12 +20,12 @@ from rich.console import Console
 import robust.compare
 from gate_runs import CHECKS, ENVIRONMENT, MODEL, OPTIONS, PGD, make_run, verdicts
 from reports.comparehtml import write_page
-from reports.markdown import inert
+from reports.markdown import inert, write_markdown
 from robust import cli
 from robust.baseline import read
 from robust.gate import compare
 from robust.store import FILENAME, Clean, Finding, Picture, Result, Store
-from robust.table import table
+from robust.table import remarks, table
 from test_reports import Reader
 
 N = 60
@@ -407,6 +407,17 @@ def test_html_shows_what_no_attack_is_called_as_symbols(tmp_path):
     write_page(compare(run, run), tmp_path, tmp_path / "c.html")
     page = (tmp_path / "c.html").read_text(encoding="utf-8")
     assert "pgd␛[31m" in page and "\x1b" not in page
+
+
+def test_what_passes_does_not_fail_on_anything(tmp_path):
+    same, worse = verdicts({("pgd", 0.1): [1] * 20}), verdicts({("pgd", 0.1): [0] * 20})
+    for current, said in ((same, "Would fail on: "), (worse, "Fails on: ")):
+        comparison = compare(same, current)
+        write_page(comparison, tmp_path, tmp_path / "c.html")
+        write_markdown(comparison, tmp_path / "c.md")
+        assert said in (tmp_path / "c.html").read_text(encoding="utf-8")
+        assert said in (tmp_path / "c.md").read_text(encoding="utf-8")
+        assert list(remarks(comparison))[-1].startswith(said)
 
 
 def pictured(folder: Path, fell: int, saved: bool = False) -> Path:
