@@ -1,5 +1,6 @@
 """What a run says, in one sentence, and whether to believe it."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,7 +9,7 @@ import pandas as pd
 from robust.errors import InputError
 from robust.statistics import CERTIFIED, CONTROL, WORST_CASE, wilson
 from robust.store import Finding, Store
-from robust.units import format_count, format_eps, format_images, format_interval, format_percent
+from robust.units import format_class, format_count, format_eps, format_images, format_interval, format_percent
 
 
 def headline(summary: pd.DataFrame) -> pd.Series:
@@ -23,19 +24,31 @@ def headline(summary: pd.DataFrame) -> pd.Series:
 
 
 def strongest(summary: pd.DataFrame) -> str:
-    """The attack with the lowest robust accuracy at the largest eps, of equals the one listed last.
+    """The attack with the lowest robust accuracy at the largest eps.
 
-    The noise control counts only where nothing else ran.
+    Of equals the one with the lowest at the next smaller eps, and so on; then with the smallest median distance; then
+    the one listed last. The noise control counts only where nothing else ran.
     """
-    rows = summary[(summary.eps == summary.eps.max()) & (summary.attack != WORST_CASE)]
-    attacks = rows[rows.attack != CONTROL]
-    rows = rows if attacks.empty else attacks
-    return str(rows.attack[rows.robust_accuracy == rows.robust_accuracy.min()].iloc[-1])
+    attacks = [attack for attack in summary.attack.unique() if attack not in (WORST_CASE, CONTROL)] or [CONTROL]
+    rows = summary.sort_values("eps", ascending=False)
+
+    def weakness(attack: str) -> tuple[list[float], float]:
+        own = rows[rows.attack == attack]
+        return own.robust_accuracy.tolist(), own.median_distance.fillna(math.inf).iloc[0]
+
+    return str(min(reversed(attacks), key=weakness))
 
 
 def attack_label(attack: str) -> str:
     """What an attack of the summary is called before people."""
     return {WORST_CASE: "worst case", CONTROL: "noise (control)", CERTIFIED: "certified (proved)"}.get(attack, attack)
+
+
+def target_name(store: Store) -> str | None:
+    """The class that the attacks aim at, by its name if it has one and else as it was asked for; None without."""
+    identity, names = store.identity, store.details.get("class_names")
+    index = identity.get("target", {}).get("index")
+    return identity.get("options", {}).get("target") if index is None or not names else format_class(index, names)
 
 
 def answer(store: Store, summary: pd.DataFrame | None = None) -> str:
@@ -44,7 +57,7 @@ def answer(store: Store, summary: pd.DataFrame | None = None) -> str:
     row = headline(summary)
     identity = store.identity
     name = identity.get("model", {}).get("name", "the model")
-    target = identity.get("options", {}).get("target")
+    target = target_name(store)
     n, correct, robust = int(row.n), round(row.clean_accuracy * row.n), round(row.robust_accuracy * row.n)
     clean = (
         f"{name} classifies {format_count(correct)} of {format_images(n)} correctly "
@@ -74,10 +87,8 @@ def verdict(findings: Iterable[Finding], unproved: int = 0) -> tuple[str, str]:
     if not findings:
         return "warn", "Nothing was checked, so nothing says whether this can be believed."
     bound = " as an upper bound" if unproved else ""
-    for level, advice in (
-        ("fail", "Do not believe this number yet"),
-        ("warn", f"Believe this number{bound} with care"),
-    ):
+    care = f"Believe this number with care{',' * bool(bound)}{bound}"
+    for level, advice in (("fail", "Do not believe this number yet"), ("warn", care)):
         reasons = [finding for finding in findings if finding.level == level]
         if reasons:
             said = "; ".join(f"{finding.name} – {finding.message.rstrip('.')}" for finding in reasons)

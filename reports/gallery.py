@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import pandas as pd
 from PIL import Image
 
 from reports.answer import headline, strongest
+from robust.statistics import CONTROL, WORST_CASE
 from robust.store import Clean, Picture, Store
 from robust.units import format_distance, format_eps
 
@@ -88,18 +90,43 @@ def choose(store: Store, summary: pd.DataFrame) -> list[Example]:
     return [Example(picture, store.clean(picture.position, 1)[0], norm) for picture in chosen.values()][:MOST]
 
 
-def rule(store: Store, summary: pd.DataFrame) -> str:
-    """The rule by which `choose` chooses, as it is printed."""
+def rule(store: Store, summary: pd.DataFrame, chosen: Sequence[Example]) -> str:
+    """The rule by which `choose` has chosen these, as it is printed; or why there are none."""
+    if not chosen:
+        return _why_none(summary)
     attack, row = strongest(summary), headline(summary)
     median = _median_l2(store, summary)
-    stand = summary[(summary.attack == attack) & (summary.eps == summary.eps.max())].robust_accuracy.any()
+    words = {
+        "smallest": "those with the smallest change in l2",
+        "typical": f"of some drawn at random, those nearest to the median change (l2 {median:.3g})",
+        "confident": "those with the most confident wrong answer",
+        "withstood": "some drawn at random that withstood it",
+    }
+    shown = {example.picture.role for example in chosen}
+    *before, last = [said for role, said in words.items() if role in shown]
     return (
-        f"Chosen by rule, not by beauty, from {attack}, the attack that leaves the fewest images at "
-        f"{format_eps(row.eps, row.norm)}: those with the smallest change in l2; of some drawn at random, those "
-        f"nearest to the median change{'' if math.isnan(median) else f' (l2 {median:.3g})'}; those with the most "
-        f"confident wrong answer{'; and some drawn at random that withstood it' if stand else ''}. "
+        f"Chosen by rule, not by beauty, from {attack}, {_fewest(summary, attack)} at "
+        f"{format_eps(row.eps, row.norm)}: {''.join(f'{said}; ' for said in before)}{'and ' if before else ''}{last}. "
         "No image is shown twice."
     )
+
+
+def _fewest(summary: pd.DataFrame, attack: str) -> str:
+    """Whether the strongest attack is so at the largest eps already, where others may leave as few."""
+    rows = summary[(summary.eps == summary.eps.max()) & ~summary.attack.isin([WORST_CASE, CONTROL])]
+    least = rows.attack[rows.robust_accuracy == rows.robust_accuracy.min()]
+    return "the attack that leaves the fewest images" if len(least) < 2 else "one of those that leave the fewest images"
+
+
+def _why_none(summary: pd.DataFrame) -> str:
+    attack = strongest(summary)
+    if not summary.clean_accuracy.any():
+        return "None: no image was classified correctly, and so none was attacked."
+    if attack == CONTROL:
+        return "None: of the noise control no picture is kept."
+    if not summary.forwards[summary.attack == attack].any():
+        return f"None: all images that are classified correctly are certified, and {attack} was spared them."
+    return f"The run kept no picture of {attack} that can be shown here."
 
 
 def _median_l2(store: Store, summary: pd.DataFrame) -> float:

@@ -11,7 +11,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from reports.answer import answer, attack_label, headline, verdict
+from reports.answer import answer, attack_label, headline, target_name, verdict
 from reports.breakdown import confusions, per_class
 from reports.curve import NARROW, WIDE, inline_svg, nearest, with_certified
 from reports.gallery import ROLES, Example, choose, data_uri, rule
@@ -21,6 +21,7 @@ from robust.diagnostics import standing_unproved
 from robust.files import write_text
 from robust.statistics import CONTROL, WORST_CASE, wilson
 from robust.store import Store
+from robust.text import visible
 
 LIMIT = 5_000_000  # bytes
 _TOGETHER = re.compile(r" (?=%)|(?<=\bp) (?=[<=])|(?<=\bp\s[<=]) ")  # '5 %' and 'p < 0.001' stay on one line
@@ -38,7 +39,7 @@ def write_html(store: Store, folder: Path) -> None:
     context = _context(store, summary)
     for count in range(len(examples), -1, -1):
         shown = sorted(examples[:count], key=lambda example: list(ROLES).index(example["role"]))
-        text = template.render(context, examples=shown)
+        text = template.render(context, examples=shown, rule=rule(store, summary, chosen[:count]))
         if len(text.encode()) < LIMIT or not count:
             break
     write_text(folder / "report.html", text)
@@ -51,6 +52,7 @@ def environment(class_names: Sequence[str] | None) -> Environment:
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_finalized,
     )
     made.filters |= {
         "percent": units.format_percent,
@@ -68,6 +70,11 @@ def environment(class_names: Sequence[str] | None) -> Environment:
     return made
 
 
+def _finalized(value: Any) -> Any:
+    """Names come from anywhere: what would turn the direction of the page's writing, or not be seen, is a symbol."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _context(store: Store, summary: pd.DataFrame) -> dict[str, Any]:
     identity, details, row = store.identity, store.details, headline(summary)
     findings = store.findings()
@@ -80,6 +87,7 @@ def _context(store: Store, summary: pd.DataFrame) -> dict[str, Any]:
     distances, drawn = nearest(store), with_certified(summary, store)
     return {
         "answer": answer(store, summary),
+        "target": target_name(store),
         "level": level,
         "reason": reason,
         "model": identity.get("model", {}),
@@ -95,7 +103,6 @@ def _context(store: Store, summary: pd.DataFrame) -> dict[str, Any]:
         "nearest": [_least(attack, found, correct) for attack, found in distances.items() if attack != WORST_CASE],
         "attacks": attacks,
         "control": next((rows[-1] for attack, rows in attacks if attack == CONTROL), None),
-        "rule": rule(store, summary),
         "classes": per_class(samples).to_dict("records"),
         "confusions": confused.head(CONFUSIONS_SHOWN).to_dict("records"),
         "confusions_hidden": max(0, len(confused) - CONFUSIONS_SHOWN),
@@ -121,8 +128,9 @@ def _least(attack: str, distances: np.ndarray, correct: int) -> dict[str, Any]:
 
 
 def _efforts(store: Store, summary: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """What each attack is, and what it cost."""
-    known = {attack["name"]: attack for attack in store.details.get("attacks") or []}
+    """What each attack is, and what it cost; of those that failed, why."""
+    details = store.details
+    known = {attack["name"]: _explicit(attack) for attack in details.get("attacks") or []}
     for attack, rows in summary[summary.attack != WORST_CASE].groupby("attack", sort=False):
         seconds, n = float(rows.seconds.sum()), int(rows.n.iloc[0])
         yield {
@@ -135,14 +143,38 @@ def _efforts(store: Store, summary: pd.DataFrame) -> Iterator[dict[str, Any]]:
             "gradients": int(rows.gradients.sum()),
             "broken": store.components(str(attack)),
             "seconds": seconds,
-            "speed": f"{n / seconds:,.3g}" if seconds else "–",
+            "speed": _speed(n / seconds) if seconds else "–",
         }
+    for name, message in (details.get("failed_attacks") or {}).items():
+        yield {
+            "description": "",
+            "source": "",
+            "parameters": {},
+            **known.get(name, {}),
+            "name": name,
+            "failed": message,
+        }
+
+
+def _explicit(attack: dict[str, Any]) -> dict[str, Any]:
+    """What was recorded of an attack, with the step size that pgd chooses for itself; see attacks/pgd.py."""
+    parameters = attack["parameters"]
+    if attack["name"] == "pgd" and parameters["step_size"] is None:
+        return {**attack, "parameters": {**parameters, "step_size": f"{4 / parameters['steps']:.4g}"}}
+    return attack
+
+
+def _speed(rate: float) -> str:
+    """Images a second to three digits, those before the point in full: '6,810', '12.3'."""
+    return f"{rate:,.0f}" if rate >= 99.95 else f"{rate:.3g}"
 
 
 def _said(value: Any, key: str, norm: str) -> str:
     """An option as text."""
     if isinstance(value, list | tuple):
         return " ".join(units.format_eps(item, norm) if key == "eps" else str(item) for item in value)
+    if isinstance(value, dict):  # of foolbox's, by their own names
+        return " ".join(f"{name} {_said(item, name, norm)}" for name, item in value.items()) or "foolbox's own"
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 

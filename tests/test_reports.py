@@ -268,7 +268,7 @@ def test_what_is_certified_is_in_every_report(tmp_path: Path, page: str) -> None
     made = make_store(eps=[2 / 255, 4 / 255], certified=(10, 4))
     write_reports(made, tmp_path)
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "prove that there is nothing to be found within\n2/255 of 10, 4/255 of 4 of the 30 images" in html
+    assert "have no adversarial example within eps:\n10 of 30 at 2/255, 4 of 30 at 4/255. Attacks" in html
     assert html.count("certified (proved)") == 2  # in the wide curve and in the narrow one
     assert "<dd>by CROWN-IBP, arXiv 1906.06316</dd>" in html
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
@@ -279,7 +279,7 @@ def test_what_is_certified_is_in_every_report(tmp_path: Path, page: str) -> None
         wilson(k, 30)[0] for k in (10, 4)
     ]
     # And where nothing is, only the reason.
-    assert "certified (proved)" not in page and "nothing to be found" not in page
+    assert "certified (proved)" not in page and "Certified:" not in page
     assert "<dd>nothing: the &lt;network&gt; is too large</dd>" in page
 
 
@@ -321,9 +321,25 @@ def test_the_headline_is_the_largest_eps_and_the_strongest_attack_never_the_cont
     summary = store.summary()
     assert headline(summary).eps == 8 / 255
     assert strongest(summary) == "foolbox:LinfDeepFoolAttack"
-    equal = summary.assign(robust_accuracy=0.5)
+    equal = summary.assign(robust_accuracy=0.5, median_distance=0.01)
     assert strongest(equal) == "foolbox:LinfDeepFoolAttack"  # of equals the last, but not noise
     assert strongest(summary[summary.attack == "noise"]) == "noise"
+
+
+def test_of_attacks_that_leave_as_few_the_strongest_is_so_at_smaller_eps(store: Store) -> None:
+    summary = store.summary().assign(median_distance=0.01)
+    last = (summary.attack != WORST_CASE) & (summary.eps == 8 / 255)
+    summary.loc[last, "robust_accuracy"] = 0.0
+    summary.loc[(summary.attack == "fgsm") & (summary.eps == 4 / 255), "robust_accuracy"] = 0.0
+    assert strongest(summary) == "fgsm"
+    assert "from fgsm, one of those that leave the fewest images at 8/255:" in rule(
+        store, summary, choose(store, summary)
+    )
+    nearer = summary.assign(robust_accuracy=0.5)
+    nearer.loc[nearer.attack == "fgsm", "median_distance"] = 0.005
+    assert strongest(nearer) == "fgsm"
+    nearer.loc[nearer.attack != "fgsm", "median_distance"] = math.nan  # they broke nothing
+    assert strongest(nearer) == "fgsm"
 
 
 def test_an_empty_run_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
@@ -360,7 +376,7 @@ def test_the_verdict_is_that_of_the_worst_finding(findings: list[Finding], level
                      "A stronger attack may break the 12 images that stand without a proof."),
         ([PASS], 1, "This number can be believed as an upper bound, because the one check passes: a. "
                     "A stronger attack may break the image that stands without a proof."),
-        ([WARN], 12, "Believe this number as an upper bound with care, because 1 of 1 check warns: b – few."),
+        ([WARN], 12, "Believe this number with care, as an upper bound, because 1 of 1 check warns: b – few."),
         ([FAIL], 12, "Do not believe this number yet, because 1 of 1 check fails: c – masked."),
     ],
 )  # fmt: skip
@@ -508,6 +524,60 @@ def test_ids_are_unique(page: str) -> None:
             assert attributes["href"][1:] in ids
 
 
+def page_of(store: Store, folder: Path) -> str:
+    REPORTS["report.html"](store, folder)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_target_is_named_and_what_is_counted_said(tmp_path: Path, page: str) -> None:
+    aimed = make_store(target="4")
+    aimed._put(identity=aimed.identity | {"target": {"index": 4}})
+    assert "come to be taken for ‘panda’;" in answer(aimed)
+    said = page_of(aimed, tmp_path)
+    assert "that no change found made it take for the target,\n‘panda’ (another wrong class counts as" in said
+    assert "goes on classifying correctly" not in said and "goes on classifying correctly" in page
+    aimed._put(class_names=None)
+    assert "come to be taken for ‘4’;" in answer(aimed)
+
+
+def test_what_is_rounded_at_a_larger_eps_is_said(tmp_path: Path, page: str) -> None:
+    assert "scaled up to the eps of the" in page
+    assert "scaled up" not in page_of(make_store(norm="l0", eps=[1.0, 3.0]), tmp_path)
+
+
+def test_what_was_run_is_told_in_full(tmp_path: Path) -> None:
+    store = make_store()
+    described = {"description": "", "source": "", "parameters": {}}
+    foreign = {"restarts": 1, "options": {"steps": 20, "random_start": False}}
+    attacks = [
+        described | {"name": "noise", "parameters": {"options": {}}},
+        described | {"name": "foolbox:LinfDeepFoolAttack", "parameters": foreign},
+        described | {"name": "pgd", "parameters": {"steps": 40, "step_size": None}},
+    ]
+    store._put(attacks=attacks, failed_attacks={"pgd": "it fell <over>"})
+    text = " ".join("".join(Reader(page_of(store, tmp_path)).text).split())
+    assert "options steps 20 random_start no" in text and "options foolbox's own" in text and "{" not in text
+    assert "pgdfailed" in text.replace(" ", "")
+    assert "steps 40, step_size 0.1It failed, and what it had found is not counted: it fell <over>" in text
+
+
+@pytest.mark.parametrize(
+    ("rate", "said"),
+    [(6814.2, "6,814"), (1234567.0, "1,234,567"), (99.96, "100"), (12.345, "12.3"), (0.05123, "0.0512")],
+)
+def test_images_a_second_are_written_out(rate: float, said: str) -> None:
+    assert reports.html._speed(rate) == said
+
+
+def test_names_do_not_turn_the_direction_of_the_page(tmp_path: Path) -> None:
+    store = make_store(findings=(replace(WARN, message="\u202eside"),))
+    store._put(class_names=["cat\u202e", "\u2067dog", "\u2066bird", "fish", "panda"])
+    store._db.execute("UPDATE clean SET sample_id = '\u202dp.png' WHERE position = 0")
+    page = page_of(store, tmp_path)
+    assert not re.search("[\u202a-\u202e\u2066-\u2069]", page)
+    assert "cat\ufffd" in page and "\ufffddog" in page and "\ufffdp.png" in page and "\ufffdside" in page
+
+
 def test_findings_are_told_by_word_and_symbol(tmp_path: Path) -> None:
     store = make_store(findings=(PASS, WARN, FAIL))
     REPORTS["report.html"](store, tmp_path)
@@ -578,12 +648,33 @@ def test_images_that_withstood_are_shown_too() -> None:
     store = make_store(eps=[1 / 255, 2 / 255])
     roles = [example.picture.role for example in choose(store, store.summary())]
     assert roles[:4] == ["smallest", "typical", "confident", "withstood"]
-    assert "that withstood it" in rule(store, store.summary())
+    said = rule(store, store.summary(), choose(store, store.summary()))
+    assert said.endswith("answer; and some drawn at random that withstood it. No image is shown twice.")
 
 
-def test_the_rule_names_none_that_withstood_where_none_did() -> None:
+def test_the_rule_names_what_was_chosen_and_no_more(tmp_path: Path) -> None:
     store = make_store(eps=[1 / 255, 2 / 255])
-    assert "withstood" not in rule(store, store.summary().assign(robust_accuracy=0.0))
+    store._db.execute("DELETE FROM picture WHERE role = 'withstood'")  # as where all that stand are certified
+    REPORTS["report.html"](store, tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "; and those with the most confident wrong answer. No image" in page and "withstood it" not in page
+    store._db.execute("DELETE FROM picture WHERE role != 'smallest'")
+    said = rule(store, store.summary(), choose(store, store.summary()))
+    assert said.endswith("at 2/255: those with the smallest change in l2. No image is shown twice.")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"clean_accuracy": 0.0}, "None: no image was classified correctly, and so none was attacked."),
+        ({"attack": "noise"}, "None: of the noise control no picture is kept."),
+        ({"forwards": 0}, "None: all images that are classified correctly are certified, and "
+                          "foolbox:LinfDeepFoolAttack was spared them."),
+        ({}, "The run kept no picture of foolbox:LinfDeepFoolAttack that can be shown here."),
+    ],
+)  # fmt: skip
+def test_where_no_picture_is_shown_it_is_said_why(store: Store, change: dict, said: str) -> None:
+    assert rule(store, store.summary().assign(**change), []) == said
 
 
 @pytest.mark.parametrize(
