@@ -25,6 +25,7 @@ def write_json(store: Store, folder: Path) -> None:
         "command": details.get("command"),
         "environment": details.get("environment"),
         "model": identity.get("model"),
+        "class_names": details.get("class_names"),
         "data": {
             **identity.get("data", {}),
             "fingerprint": data_fingerprint(store),

@@ -459,6 +459,7 @@ def test_json_is_strict_and_complete(store: Store, folder: Path) -> None:
     assert report["answer"] == answer(store)
     assert report["verdict"]["level"] == "warn"
     assert report["data"]["fingerprint"] == "d" * 64
+    assert report["class_names"] == CLASSES
     assert report["command"].startswith("python -m robust.evaluate")
     assert list(report["summary"][0]) == list(SUMMARY_COLUMNS)
     noise = next(row for row in report["summary"] if row["attack"] == "noise")
