@@ -49,8 +49,8 @@ def review(store: Store) -> Iterator[Finding]:
     yield Finding("clean accuracy", level, f"{format_percent(clean)} on clean images {said}")
     wide = 100 * float(worst.ci_high.iloc[-1] - worst.ci_low.iloc[-1])
     widths = (
-        f"{format_images(n)}: the 95 % interval of the clean accuracy is {100 * (high - low):.0f} points wide, "
-        f"that of the worst case at the largest eps {wide:.0f}"
+        f"{format_images(n)}: 95 % intervals are {100 * (high - low):.0f} points wide for the clean accuracy and "
+        f"{wide:.0f} for the worst case at the largest eps"
     )
     yield Finding.check("sample size", n >= FEW_SAMPLES, widths, f"only {widths}")
     if clean == 0:  # nothing was attacked, and what is said of attacks would be said of none
@@ -135,7 +135,7 @@ def _bound(options: dict, unproved: int) -> str:
     stand = "image stands" if unproved == 1 else "images stand"
     standard = "autoattack-rand" if (options.get("eot") or 1) > 1 else "autoattack"
     stronger = "a stronger attack" if options["norm"] == "l0" else f"--attack {standard}"
-    return f"; {unproved:,} {stand} without a proof: an upper bound, and {stronger} may leave less"
+    return f"; {unproved:,} {stand} without a proof: an upper bound, and {stronger} may leave fewer"
 
 
 def _span(described: Sequence[dict]) -> float:

@@ -172,9 +172,9 @@ def test_what_may_be_guessing_is_not_passed(right, said):
 @pytest.mark.parametrize(
     ("attack", "options", "said"),
     [
-        ("pgd", {"norm": "linf", "eps": 0.001}, "and --attack autoattack may leave less"),
-        ("pgd", {"norm": "linf", "eps": 0.001, "eot": 2}, "and --attack autoattack-rand may leave less"),
-        ("sigma-zero", {"norm": "l0", "eps": 1, "steps": 10}, "and a stronger attack may leave less"),
+        ("pgd", {"norm": "linf", "eps": 0.001}, "and --attack autoattack may leave fewer"),
+        ("pgd", {"norm": "linf", "eps": 0.001, "eot": 2}, "and --attack autoattack-rand may leave fewer"),
+        ("sigma-zero", {"norm": "l0", "eps": 1, "steps": 10}, "and a stronger attack may leave fewer"),
     ],
 )
 def test_what_stands_without_a_proof_is_an_upper_bound(model, data, attack, options, said):
@@ -219,6 +219,6 @@ def test_nothing_is_said_of_attacks_where_nothing_was_attacked(model, data):
 def test_the_widths_named_are_those_on_the_page(model, data):
     run = robust.run(model, data, attacks=["pgd"], eps=[0.001, 0.3])  # 35 of 40, and none
     assert message(run, "sample size") == (
-        "only 40 images: the 95 % interval of the clean accuracy is 21 points wide, "
-        "that of the worst case at the largest eps 9"
+        "only 40 images: 95 % intervals are 21 points wide for the clean accuracy and "
+        "9 for the worst case at the largest eps"
     )
