@@ -207,6 +207,8 @@ def test_a_result_that_is_proved_is_not_doubted():
     assert {f.name for f in run.findings if f.level != "pass"} == {"sample size"}
     assert said["falls with eps"] == "no image fell at any eps, nor could one: all that stand are certified"
     assert not {"more steps", "re-verification"} & set(said)
+    run = robust.run(steady, (x, steady(x).argmax(1)), attacks=["autoattack"], eps=0.01)
+    assert "gradients inside autoattack" not in {finding.name for finding in run.findings}
 
 
 def test_nothing_is_said_of_attacks_where_nothing_was_attacked(model, data):
