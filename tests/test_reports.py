@@ -576,6 +576,7 @@ def test_names_do_not_turn_the_direction_of_the_page(tmp_path: Path) -> None:
     store._db.execute("UPDATE clean SET sample_id = '\u202dp.png' WHERE position = 0")
     page = page_of(store, tmp_path)
     assert not re.search("[\u202a-\u202e\u2066-\u2069]", page)
+    assert "<bdi>panda</bdi>" in page  # names from right to left keep to themselves
     assert "cat\ufffd" in page and "\ufffddog" in page and "\ufffdp.png" in page and "\ufffdside" in page
 
 
