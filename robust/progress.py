@@ -12,9 +12,10 @@ SECONDS_BETWEEN_LINES = 30
 
 
 class Meter(AbstractContextManager["Meter"]):
-    """A listener to `robust.harness.evaluate`: pairs of image and attack a second, time left, how many stood so far.
+    """A listener to `robust.harness.evaluate`: images per second, time left, how many stood so far.
 
-    `total` is the number of samples times that of attacks. With `quiet` it says nothing.
+    Every attack takes all images, and each time they count: `total` is the number of images times that of attacks.
+    With `quiet` it says nothing.
     """
 
     def __init__(self, console: Console, total: int | None, quiet: bool = False):
@@ -48,7 +49,7 @@ class Meter(AbstractContextManager["Meter"]):
         self._done[attack] += n
         self._robust[attack] += robust
         now = time.monotonic()
-        rate = f"{self._done.total() / max(now - self._began, 1e-9):,.1f} a second"
+        rate = f"{self._done.total() / max(now - self._began, 1e-9):,.1f} images/s"
         # No share: images that are wrong unattacked are done first, then those that break.
         standing = f"{self._robust[attack]:,} stand so far"
         self._bar.update(self._task, advance=n, description=attack, rate=rate, robust=standing)

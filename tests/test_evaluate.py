@@ -172,7 +172,7 @@ def test_the_line_on_the_way_counts_pairs_and_what_stands(project, capsys, monke
     _, out, _ = run(f"{COMMON} --attack pgd --output out", capsys)
     lines = [line for line in out.splitlines() if "pairs" in line]
     assert len(lines) > 1 and all(
-        re.fullmatch(r"\d+ of 40 pairs of image and attack done, [\d,.]+ a second; pgd: \d+ stand so far", line)
+        re.fullmatch(r"\d+ of 40 pairs of image and attack done, [\d,.]+ images/s; pgd: \d+ stand so far", line)
         for line in lines
     )
     largest = pd.read_csv(project / "out" / "summary.csv").query("attack == 'pgd'").iloc[-1]
