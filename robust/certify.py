@@ -206,7 +206,8 @@ def _trace_back(logits: _Node, image: _Node, coefficients: Tensor) -> tuple[Tens
         if here is None:
             continue
         unknown = node.rounding if node.sources else node.radius
-        least = least - (here.abs() * unknown).flatten(1).sum(1)
+        if isinstance(unknown, Tensor):
+            least = least - (here.abs() * unknown).reshape(len(here), -1).sum(1)
         if node is image:
             slopes = here
         for source, back in node.sources:
@@ -339,7 +340,7 @@ def _dense(x, weight, bias=None):
         _node(x),
         lambda z: F.linear(z, weight, bias),
         lambda r: F.linear(r, weight.abs()),
-        terms=weight[0].numel() + 1,
+        terms=weight.shape[-1] + 1,
     )
 
 
@@ -358,7 +359,9 @@ def _batch_norm(x, mean, variance, weight=None, bias=None, training=False, momen
         _node(x),
         lambda z: normalised(z, mean, weight, bias),
         lambda r: normalised(r, none, positive, None),
-        terms=6,  # the mean, the deviation with eps, its inverse, the weight, the bias, and the product
+        # The deviation with eps and its inverse (of which a GPU's is off by two units), then as factor of the mean and
+        # of the input; the weight, the product and the bias.
+        terms=10,
         added=normalised(torch.zeros_like(_node(x).radius), -mean.abs(), positive, size),
     )
 
@@ -448,47 +451,62 @@ def _quotient(x, y, *, inplace: bool = False):
 
 def _scaled(x: _Bounded, function, spread, inplace: bool = False) -> _Bounded:
     """Value by value, with constants that broadcast to the shape of x."""
-    made = _linear(x.node, function, spread, terms=2)
+    made = _linear(x.node, function, spread, terms=3)  # a GPU divides by multiplying with the inverse
     if made.node.middle.shape != x.node.middle.shape:
         raise NoBounds("there is no rule for what is repeated")
     return _written(x, made.node, inplace)
 
 
-def _plain(function: Callable[..., Tensor], view: bool = False, averages: bool = False) -> Callable[..., _Bounded]:
-    """Of what picks or averages values, row by row."""
+def _plain(function: Callable[..., Tensor], view: bool = False) -> Callable[..., _Bounded]:
+    """Of what picks values, row by row."""
 
     def rule(x, *args, **kwargs):
-        node = _node(x)
-        terms = node.middle[0].numel() if averages else 0  # at most
-        return _linear(node, lambda z: function(z, *args, **kwargs), terms=terms, view=view)
+        return _linear(_node(x), lambda z: function(z, *args, **kwargs), view=view)
 
     return rule
 
 
-def _keep_rows(
-    function: Callable[..., Tensor], dims: Callable[..., Any], averages: bool = False
-) -> Callable[..., _Bounded]:
-    """As `_plain`, of what is told dimensions, which must not be the images'; a view of x, but for averages."""
+def _pool(function: Callable[..., Tensor]) -> Callable[..., _Bounded]:
+    """Of averages over windows."""
 
     def rule(x, *args, **kwargs):
         node = _node(x)
-        named = dims(*args, **kwargs)
-        named = named if isinstance(named, Sequence) else [named]
-        if any(not isinstance(dim, int) or dim % node.middle.ndim == 0 for dim in named):
-            raise NoBounds("there is no rule for what mixes images")
-        return _plain(function, not averages, averages)(x, *args, **kwargs)
+        terms = node.middle[0, 0].numel() + 1  # at most: of a channel, and the division
+        return _linear(node, lambda z: function(z, *args, **kwargs), terms=terms)
 
     return rule
+
+
+def _keep_rows(function: Callable[..., Tensor]) -> Callable[..., _Bounded]:
+    """As `_plain`, of what is told dimensions, which must not be the images'."""
+
+    def rule(x, *dims):
+        _check_dims(_node(x), dims)
+        return _plain(function, view=True)(x, *dims)
+
+    return rule
+
+
+def _mean(x, dim, keepdim=False):
+    node, dims = _node(x), tuple(dim) if isinstance(dim, Sequence) else (dim,)
+    _check_dims(node, dims)
+    terms = math.prod(node.middle.shape[dim] for dim in dims) + 1  # and the division
+    return _linear(node, lambda z: z.mean(dims, keepdim), terms=terms)
+
+
+def _check_dims(node: _Node, dims: Sequence[Any]) -> None:
+    if any(not isinstance(dim, int) or dim % node.middle.ndim == 0 for dim in dims):
+        raise NoBounds("there is no rule for what mixes images")
 
 
 def _avg_pool2d(x, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True):
-    return _plain(F.avg_pool2d, averages=True)(x, kernel_size, stride, padding, ceil_mode, count_include_pad)
+    return _pool(F.avg_pool2d)(x, kernel_size, stride, padding, ceil_mode, count_include_pad)
 
 
 def _pad(x, pad, mode="constant", value=None):
     if len(pad) > 2 * (_node(x).middle.ndim - 1):
         raise NoBounds("there is no rule for what mixes images")
-    return _plain(F.pad)(x, pad, mode, value)
+    return _plain(F.pad)(x, pad, mode, value and torch.tensor(value).item())  # as float32 has it
 
 
 def _permute(x, *dims):
@@ -564,13 +582,12 @@ def _rules() -> dict[Any, Callable[..., Any]]:
     give(partial(_quotient, inplace=True), Tensor.div_, Tensor.__itruediv__)
     rising: list[Any] = [F.max_pool2d, torch.sigmoid, Tensor.sigmoid, torch.tanh, Tensor.tanh]
     turning: list[Any] = [torch.transpose, Tensor.transpose, torch.squeeze, Tensor.squeeze, Tensor.unsqueeze]
-    means: list[Any] = [torch.mean, Tensor.mean]
     rules |= {function: _monotone(function) for function in rising}
-    rules |= {function: _keep_rows(function, lambda *dims: dims) for function in turning}
-    rules |= {function: _keep_rows(function, lambda dim, keepdim=False: dim, averages=True) for function in means}
+    rules |= {function: _keep_rows(function) for function in turning}
+    give(_mean, torch.mean, Tensor.mean)
     give(_pad, F.pad)
     give(_avg_pool2d, F.avg_pool2d)
-    give(_plain(F.adaptive_avg_pool2d, averages=True), F.adaptive_avg_pool2d)
+    give(_pool(F.adaptive_avg_pool2d), F.adaptive_avg_pool2d)
     give(_flatten, torch.flatten, Tensor.flatten)
     give(_reshape, torch.reshape, Tensor.reshape, Tensor.view)
     give(_permute, Tensor.permute)

@@ -1,6 +1,7 @@
 """Certificates: never more than is true (exact optima, points of the ball), nothing where code is not understood."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -228,6 +229,60 @@ def test_at_a_point_the_logits_are_within_what_rounding_adds(forward, seed, size
     _, logits = Certifier(net)._bounded(x.double(), torch.zeros_like(x, dtype=torch.float64))
     off = (net(x).double() - logits.middle).abs()
     assert (off <= logits.radius).all() and (logits.radius < 1e-3 * size).all()
+
+
+def positive(*shape):
+    return lambda g: torch.rand(*shape, generator=g)
+
+
+def number(g):
+    return float(torch.rand(1, generator=g))
+
+
+def cancelling(g):
+    """Mean, variance, weight and bias, of which the output is nearly 0."""
+    mean, variance, weight = 10 + positive(1)(g), 0.1 + positive(1)(g), positive(1)(g)
+    return mean, variance, weight, (mean.double() * weight.double() / (variance.double() + 1e-5).sqrt()).float()
+
+
+OPERATIONS = {  # name -> the operation, given a generator, and the shape of its input
+    "convolution": (lambda g: partial(F.conv2d, weight=positive(4, 8, 3, 3)(g), bias=positive(4)(g)), (64, 8, 9, 9)),
+    "convolution of one value": (lambda g: partial(F.conv2d, weight=positive(4, 1, 1, 1)(g)), (64, 1, 9, 9)),
+    "dense": (lambda g: partial(F.linear, weight=positive(8, 300)(g), bias=positive(8)(g)), (64, 300)),
+    "a row of weights": (lambda g: partial(F.linear, weight=positive(60_000)(g)), (4, 2, 60_000)),
+    "batch norm": (
+        lambda g: partial(F.batch_norm, running_mean=positive(3)(g), running_var=positive(3)(g), weight=positive(3)(g)),
+        (64, 3, 9, 9),
+    ),
+    "batch norm whose constants cancel": (
+        lambda g: partial(lambda constants, z: F.batch_norm(z * 1e-6, *constants), cancelling(g)),
+        (64, 1, 9, 9),
+    ),
+    "quotient": (lambda g: partial(lambda by, z: z / by, number(g)), (64, 1, 9, 9)),
+    "product": (lambda g: partial(lambda by, z: z * by, number(g)), (64, 1, 9, 9)),
+    "sum with a constant": (lambda g: partial(lambda by, z: z + by, number(g)), (64, 1, 9, 9)),
+    "sum": (lambda g: lambda z: z + z[:, :, :, :], (64, 1, 9, 9)),
+    "difference": (lambda g: lambda z: z * 0.3 - z, (64, 1, 9, 9)),
+    "mean": (lambda g: lambda z: z.mean((2, 3)), (512, 3, 1, 7)),
+    "pooling": (lambda g: lambda z: F.avg_pool2d(z, (1, 7)), (512, 3, 1, 7)),
+    "adaptive pooling": (lambda g: lambda z: F.adaptive_avg_pool2d(z, 1), (512, 3, 1, 7)),
+    "padding": (lambda g: lambda z: F.pad(z, (1, 1), value=0.1), (4, 1, 4, 4)),
+    "sigmoid": (lambda g: torch.sigmoid, (64, 1, 9, 9)),
+    "tanh": (lambda g: torch.tanh, (64, 1, 9, 9)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_float32_is_within_the_bounds_of_each_operation(name):
+    """At points, so that the bounds are as wide as rounding makes them, and not much wider."""
+    make, shape = OPERATIONS[name]
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        x, operation = torch.rand(shape, generator=g), make(g)
+        node = certify._Node(x.double(), torch.zeros_like(x, dtype=torch.float64), certify._Tape())
+        bounded, out = operation(certify._Bounded.of(node)).node, operation(x).double()
+        assert ((out - bounded.middle).abs() <= bounded.radius).all()
+        assert (bounded.radius <= 1e-2 * out.abs().max().clamp(min=1)).all()
 
 
 def test_near_the_boundary_rounding_is_no_contradiction():

@@ -154,9 +154,13 @@ def test_numbers_within_names_are_numbers_too(tree):
     check_refused(tree({f"class_{k}/1.png": k for k in range(11)}), model_of(11), "class_0, class_1, class_10, class_2")
 
 
-def test_numbers_within_names_that_are_in_order(tree):
-    data = load_data(tree({"1st/1.png": 1, "v2.10/1.png": 2, "v3/1.png": 3}), model_of(3))
-    assert list(labels(data).values()) == [0, 1, 2]
+@pytest.mark.parametrize(
+    "names", [["v1.2", "v1.3", "v2.1"], ["C-130", "C-47", "DC-3"], ["class (other)", "class 1", "class 2"]]
+)
+def test_numbers_that_are_in_order_or_in_names_that_differ_in_more(names, tree):
+    """Of the latter a network was trained in the order of the alphabet."""
+    data = load_data(tree({f"{name}/1.png": 1 for name in names}), model_of(3))
+    assert list(labels(data).values()) == [0, 1, 2] and data.class_names == tuple(names)
 
 
 def test_names_may_be_composed_otherwise(tree):
@@ -191,6 +195,8 @@ def test_what_a_zip_says_of_its_names(tmp_path):
 
 def test_a_class_folder_that_is_a_link_to_nothing(tmp_path):
     folder = write_tree(tmp_path / "data", {"cat/1.png": 1})
+    (folder / "latest.log").symlink_to(tmp_path / "unmounted")
+    assert labels(load_data(str(folder), PETS)) == {"cat/1.png": 2}
     (folder / "dog").symlink_to(tmp_path / "unmounted")
     check_refused(folder, PETS, "dog is a link to nothing: mend or remove it")
 
@@ -643,6 +649,8 @@ def test_classes_that_changed_places_are_another_order():
     assert moved == [1, 0, 2, 81, 40]
     swapped = ("goldfish", "tench", *imagenet.class_names()[2:])
     assert imagenet.wnids_of(1000, swapped) is None
+    one = model_of(100, class_names=("x", *CIFAR100[1:40], "apple", *CIFAR100[41:]))
+    assert set_labels([0, 1], CIFAR100, one, "CIFAR-100") == [40, 1]
     half = model_of(10, class_names=(*CIFAR10[:5], "apple", "lamp", "plate", "chair", "bus"))
     with pytest.raises(InputError, match="none, or several, called frog, ship, but"):
         set_labels([0, 6, 8], CIFAR10, half, "CIFAR-10")

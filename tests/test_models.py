@@ -687,13 +687,13 @@ def test_a_declared_size_that_is_not_square_is_not_resized_to(write: Write) -> N
     assert (model.input_size, model.preprocess) == ((3, 20, 30), None)
 
 
-@pytest.mark.parametrize(("channels", "classes", "side"), [(3, 10, 40), (1, 10, 40), (3, 1000, 224)])
+@pytest.mark.parametrize(("channels", "classes", "side"), [(3, 10, 40), (1, 10, 40), (3, 1000, 224), (3, 1000, 140)])
 def test_input_size_is_obeyed_with_the_networks_channels(channels: int, classes: int, side: int, write: Write) -> None:
     spec = write(f"def make(): return Net({channels}, {classes})")
     model = load_model(spec, None, side)
     assert (model.input_size, model.preprocess) == (
         (channels, side, side),
-        Preprocess(256 if side == 224 else side, side),
+        Preprocess(side * 256 // 224 if classes == 1000 else side, side),  # with ImageNet's margin
     )
     assert side != 224 or model.preprocess == load_model(spec).preprocess, "its own size changes nothing"
 

@@ -77,7 +77,7 @@ def weight_grad(x: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
     for images, lines in _blocks(len(x), rows.count, columns.count * window):
         seen = _windows(x[images], (rows.part(lines, geometry.stride[0]), columns), geometry.stride, groups)
         theirs = g[images, lines].reshape(-1, groups, k // groups).permute(1, 2, 0)  # (groups, K / groups, M)
-        if 1 < groups and k // groups <= columns.count:
+        if 1 < groups and k // groups <= columns.count and theirs.dtype == total.dtype:
             # Of a group's few kernels by line: one sum over all pixels would be off by several times torch's error.
             theirs = theirs.unflatten(2, (-1, columns.count)).transpose(1, 2)
             total += (theirs @ seen.unflatten(1, (-1, columns.count))).sum(1)

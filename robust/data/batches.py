@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -114,7 +115,8 @@ def _is_pair_of_arrays(data: Any) -> bool:
 
 
 def _is_labels(value: Any) -> bool:
-    return _is_array(value) or (isinstance(value, tuple | list) and all(isinstance(label, int) for label in value))
+    listed = isinstance(value, tuple | list) and len(value) > 0 and all(isinstance(label, Integral) for label in value)
+    return listed or _is_array(value)
 
 
 def _size(items: Any) -> int | None:

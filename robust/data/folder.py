@@ -51,7 +51,7 @@ class Directory:
                 for entry in entries:
                     if not _hidden(entry.name):
                         path = folder + entry.name
-                        if not is_image_name(path) and not (self._path / path).exists():
+                        if "." not in entry.name and not (self._path / path).exists():  # a class's, by its name
                             raise InputError(f"{self._path / path} is a link to nothing: mend or remove it")
                         folders.append(f"{path}/") if entry.is_dir() else files.append(path)
         except OSError as error:

@@ -91,17 +91,17 @@ def _alphabetical(folders: Sequence[str], model: Model, where: str) -> tuple[lis
             "names: their order cannot be matched; give one folder for each class, empty ones included"
         )
     order = sorted(folders)
-    if order != sorted(folders, key=_numerically):
+    alike = len({re.sub(r"\d+", "", folder) for folder in folders}) == 1  # but for their numbers
+    if alike and order != sorted(folders, key=_numbers):
         raise InputError(
-            f"the folders of {where} hold numbers, and their alphabetical order ({_listed(order)}) is not that of the "
+            f"the folders of {where} are numbered, and their alphabetical order ({_listed(order)}) is not that of the "
             "numbers: rename them with leading zeros"
         )
     return [order.index(folder) for folder in folders], tuple(order)
 
 
-def _numerically(name: str) -> list[tuple[int, str]]:
-    """By the number that digits are: "class_2" before "class_10"."""
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
+def _numbers(name: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", name)]
 
 
 def _listed(items: Sequence[object]) -> str:

@@ -29,7 +29,7 @@ FASHION_MNIST = (
 MANY = 1000  # classes, of which half are enough to know a set by
 # What people call them besides.
 ALSO = {
-    "airplane": "plane", "automobile": "car", "T-shirt/top": "T-shirt",
+    "airplane": "plane", "automobile": "car", "T-shirt/top": "T-shirt", "Ankle boot": "boot",
     "0": "zero", "1": "one", "2": "two", "3": "three", "4": "four",
     "5": "five", "6": "six", "7": "seven", "8": "eight", "9": "nine",
 }  # fmt: skip
@@ -81,9 +81,9 @@ def counterparts(known: Sequence[str] | None, names: Sequence[str] | None) -> li
     moved = {label: match for label, match in enumerate(theirs) if match is not None and not same[label]}
     # Spellings of ImageNet's differ: for some "crane" is the bird, for others the machine. But where a class moved to
     # the place of one that moved too, the order is another. Few classes are spelled alike throughout.
-    reordered = not moved.keys().isdisjoint(moved.values()) or 10 * len(moved) > len(known)
-    alike = sum(same) / len(known)
-    return theirs if reordered or alike < (1 / 2 if len(known) >= MANY else 3 / 4) else None
+    many, alike = len(known) >= MANY, sum(same) / len(known)
+    spelling = moved.keys().isdisjoint(moved.values()) and 10 * len(moved) <= len(known) if many else not moved
+    return None if spelling and alike >= (1 / 2 if many else 3 / 4) else theirs
 
 
 def folded(name: str) -> str:

@@ -40,6 +40,11 @@ def wnids_of(num_classes: int, names: Sequence[str] | None) -> tuple[str, ...] |
     return wnids() if alike else None
 
 
+def usual_preprocess(side: int) -> Preprocess:
+    """An eighth of the image is cut off: 256 to 224, as torchvision's first weights have it."""
+    return Preprocess(round(side * 256 / 224), side)
+
+
 def classifier(
     name: str,
     source: str,

@@ -51,8 +51,8 @@ def load(name: str, weights: Path | None, input_size: int | None) -> Model:
     size, classes, preprocess = _input(module, input_size)
     class_names = _class_names(module, classes)
     wnids = imagenet.wnids_of(classes, class_names)
-    if wnids and size == IMAGENET:
-        preprocess = Preprocess(resize=256, crop=224)
+    if wnids and size and (size == IMAGENET or input_size is not None):
+        preprocess = imagenet.usual_preprocess(size[1])
     digest = hashlib.sha256(Path(source.__file__).read_bytes()).hexdigest() if source.__file__ else ""
     return Model(
         name=factory,
