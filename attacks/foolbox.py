@@ -11,7 +11,7 @@ import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, product
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 import numpy as np
@@ -53,12 +53,13 @@ class FoolboxAttack:
         """The attack `name`, told those of the options `given` that it has; ValueError where it cannot run."""
         takes = inspect.signature(foolbox_attacks()[name]).parameters
         options = {theirs: given[ours] for ours, theirs in OPTIONS.items() if ours in given and theirs in takes}
-        for ours, theirs in OPTIONS.items():
-            if theirs in takes and theirs not in options and takes[theirs].default is inspect.Parameter.empty:
-                raise ValueError(f"{name} needs {ours}: foolbox has no default for it")
+        if missing := [ours for ours in _needed(name) if ours not in given]:
+            raise ValueError(f"{name} needs {missing[0]}: foolbox has no default for it")
         attack = cls(name=name, norm=norm, targeted=targeted, restarts=given.get("restarts", 1), options=options)
         try:
             own = _norm_of(attack._make().distance)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{name} needs {error.name}: pip install {error.name}") from None
         except (TypeError, ImportError, AttributeError) as error:  # some are broken in foolbox itself
             raise ValueError(f"{name} cannot be used: {error}") from None
         if own != norm:
@@ -192,6 +193,36 @@ def foolbox_attacks() -> dict[str, Any]:
         # Those that need images to choose from, or adversarials of another attack to refine.
         if not hasattr(value, "feed") and name != "BinarizationRefinementAttack"
     }
+
+
+def norms_and_kind(name: str) -> tuple[list[str], str]:
+    """The norms that one of foolbox's attacks can be run in, and what it looks for; or none, and the reason."""
+    needed = _needed(name)
+    given = dict.fromkeys(needed, 1)
+    norms: dict[bool, list[str]] = {False: [], True: []}  # by whether there is a target
+    reason = ""
+    for targeted, norm in product((False, True), NORMS):
+        try:
+            attack = FoolboxAttack.of(name, norm, targeted, given)
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{name} ")
+        else:
+            norms[targeted].append(norm)
+            budget = attack.budget
+    either = norms[False] or norms[True]
+    if not either:
+        return [], reason
+    only = "" if norms[False] == norms[True] else f", {'without' if norms[False] else 'with'} a target only"
+    needs = "".join(f", needs {option}" for option in needed)
+    return either, f"{'least distance' if budget == 'minimal' else 'fixed eps'}{only}{needs}"
+
+
+def _needed(name: str) -> list[str]:
+    """Our names of the options that foolbox has no default for."""
+    takes = inspect.signature(foolbox_attacks()[name]).parameters
+    return [
+        ours for ours, theirs in OPTIONS.items() if theirs in takes and takes[theirs].default is inspect.Parameter.empty
+    ]
 
 
 def _norm_of(distance: Any) -> str:

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -218,7 +219,7 @@ def _print_names(models: bool) -> None:
 
 
 def _print_attacks() -> None:
-    """The attacks with their norms, kind, cost, options and source; of foolbox's the name and the options."""
+    """The attacks with their norms, kind, cost, options and source; of foolbox's all but cost and source."""
     import attacks
 
     options = {name: " ".join(attacks.takes(name)).replace("_", "-") or "-" for name in attacks.names()}
@@ -232,12 +233,16 @@ def _print_attacks() -> None:
         parts = " + ".join(stage.name for stage in ensemble.stages)
         norms = " ".join(attacks.autoattack.NORMS)
         rows.append((name, norms, "ensemble", parts, options[name], ensemble.source))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    for row in rows:
-        print(*(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)), sep="  ")
+    _print_table(rows)
     foreign = [name for name in attacks.names() if name.startswith(attacks.PREFIX)]
-    width = max(map(len, foreign))
-    print(*(f"{name:{width}}  {options[name]}" for name in foreign), sep="\n")
+    kinds = {name: attacks.foolbox.norms_and_kind(name) for name in foreign}
+    _print_table([(name, " ".join(norms) or "-", kind, options[name]) for name, (norms, kind) in kinds.items()])
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print(*(cell.ljust(width) for cell, width in zip(row, [*widths[:-1], 0], strict=True)), sep="  ")
 
 
 if __name__ == "__main__":
