@@ -83,11 +83,8 @@ def evaluate(
         samples = _attackable(data, plan.target, left_out)
         for start, window in _windows(samples, options.batch_size, plan.device):
             x = torch.stack([sample.x for sample in window]).to(plan.device)
-            first = job is None
             job = job or _Job.prepare(model, x, options, plan, store)
             clean = job.clean_window(start, window, x)
-            if first:
-                job.recognise(x)
             end = start + len(window)
             for attack in plan.attacks:
                 if attack.name in failed:
@@ -159,35 +156,6 @@ class _Job:
         judge = Judge(model, options, plan.target, x[0].numel(), steady, memory_format)
         return cls(model, twin, by_rows, options, plan, store, judge, certifier)
 
-    def recognise(self, x: Tensor) -> None:
-        """Record what the networks say of the first two images or, in a run that is resumed, compare.
-
-        A fingerprint sees tensors and layers. It does not see what Python code does with them, nor its constants.
-        """
-        stored, said = self.store.details.get("said"), self._say(x[:2])
-        if stored is None:
-            self.store.set(said={name: logits.tolist() for name, logits in said.items()})
-            return
-        for name, logits in said.items():
-            before = torch.tensor(stored[name])
-            # A network that is random in a way that no seed governs never says the same.
-            if apart(before, logits) > SAME >= apart(self._say(x[:2])[name], logits):
-                raise InputError(
-                    f"the {name} has changed since the run began: its weights are the same, but not what it says of "
-                    "the first images; start anew with another --output"
-                )
-
-    def _say(self, x: Tensor) -> dict[str, Tensor]:
-        """The logits of the model and of the surrogate, if there is one, a random one's with a seed of their own."""
-        networks = {"model": self.model.module, "surrogate": self.plan.surrogate}
-        said = {}
-        for name, module in networks.items():
-            if module is not None:
-                seed_unit(self.options.seed, 0, name)
-                with readable_failure(name, "on the first two images", "mend that and begin anew"):
-                    said[name] = logits_of(module, x, self.model.num_classes, name).cpu()
-        return said
-
     def clean_window(self, start: int, window: Sequence[Sample], x: Tensor) -> list[Clean]:
         """The verdicts on the unchanged images, from the store where it has them."""
         stored = self.store.clean(start, len(window))
@@ -198,6 +166,8 @@ class _Job:
                         f"the data have changed since the run began: {sample.id} is not the {row.sample_id} "
                         "evaluated then; start anew with another --output"
                     )
+            if start == 0:
+                self._recognise(x)
             return stored
         if stored:
             raise InputError(
@@ -217,8 +187,38 @@ class _Job:
             Clean(start + k, sample.id, sample.sha256, sample.y, int(pred[k]), float(confidence[k]), certified[k])
             for k, sample in enumerate(window)
         ]
-        self.store.add_clean(rows)
+        # In one transaction: where there are rows, a resumed run is held against what the networks said.
+        said = {name: logits.tolist() for name, logits in self._say(x[:2]).items()} if start == 0 else {}
+        self.store.add_clean(rows, **({"said": said} if said else {}))
         return rows
+
+    def _recognise(self, x: Tensor) -> None:
+        """InputError where the networks do not say of the first two images what they said when the run began.
+
+        A fingerprint sees tensors and layers. It does not see what Python code does with them, nor its constants.
+        """
+        stored = self.store.details.get("said")
+        if stored is None:
+            raise InputError("the run does not say what its networks said at first; start anew with another --output")
+        for name, logits in self._say(x[:2]).items():
+            before = torch.tensor(stored[name])
+            # A network that is random in a way that no seed governs never says the same.
+            if apart(before, logits) > SAME >= apart(self._say(x[:2])[name], logits):
+                raise InputError(
+                    f"the {name} has changed since the run began: its weights are the same, but not what it says of "
+                    "the first images; start anew with another --output"
+                )
+
+    def _say(self, x: Tensor) -> dict[str, Tensor]:
+        """The logits of the model and of the surrogate, if there is one, a random one's with a seed of their own."""
+        networks = {"model": self.model.module, "surrogate": self.plan.surrogate}
+        said = {}
+        for name, module in networks.items():
+            if module is not None:
+                seed_unit(self.options.seed, 0, name)
+                with readable_failure(name, "on the first two images", "mend that and begin anew"):
+                    said[name] = logits_of(module, x, self.model.num_classes, name).cpu()
+        return said
 
     def _certify(self, x: Tensor, y: Tensor, right: Tensor) -> list[int]:
         """Within how many of the eps, from the smallest, it is proved of each image that no adversarial exists."""

@@ -235,9 +235,11 @@ class Store:
         with self._transaction():
             self._put(**details)
 
-    def add_clean(self, rows: Iterable[Clean]) -> None:
+    def add_clean(self, rows: Iterable[Clean], **details: Any) -> None:
+        """Record clean verdicts, and with them, as `set` does, run-wide facts."""
         with self._transaction():
             self._insert("clean", rows)
+            self._put(**details)
 
     def add_unit(
         self,

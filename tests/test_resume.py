@@ -105,6 +105,29 @@ def test_a_run_does_not_resume_on_other_code_with_the_same_weights(data, tmp_pat
     assert robust.run(Shifted(0.0), **arguments, resume=True).samples.equals(first.samples)
 
 
+def test_a_run_killed_after_its_first_rows_knows_its_network(data, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    add_clean = robust.api.Store.add_clean
+
+    def killed(self, rows, **details):
+        add_clean(self, rows, **details)
+        raise Killed
+
+    arguments = {"data": data, "attacks": ["fgsm"], "eps": [0.02], "output": tmp_path / "run"}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(robust.api.Store, "add_clean", killed)
+        patch.setattr(
+            robust.api.Store, "close_and_discard_if_empty", robust.api.Store.close
+        )  # as one that is dead does
+        robust.run(Shifted(0.0), **arguments)
+    with pytest.raises(InputError, match="the model has changed since the run began"):
+        robust.run(Shifted(0.1), **arguments, resume=True)
+    resumed = robust.run(Shifted(0.0), **arguments, resume=True)
+    assert resumed.samples.equals(robust.run(Shifted(0.0), **arguments | {"output": None}).samples)
+
+
 def test_a_run_does_not_resume_with_another_class_of_the_targets_name(model, data, tmp_path):
     options = {"attacks": ["pgd"], "eps": 0.02, "steps": 2, "target": "cat", "output": tmp_path}
     robust.run(model, data, class_names=["dog", "cat", *"abc"], **options)
@@ -158,11 +181,11 @@ def test_a_random_model_resumes(generator, data, tmp_path):
 def test_a_run_that_another_process_took_over_is_left_to_it(model, data, tmp_path, monkeypatch):
     add_clean = robust.api.Store.add_clean
 
-    def overtaken(self, rows):
+    def overtaken(self, rows, **details):
         other = robust.api.Store.open(tmp_path / robust.api.FILENAME)  # as --resume does
-        add_clean(other, rows)
+        add_clean(other, rows, **details)
         other.close()
-        add_clean(self, rows)
+        add_clean(self, rows, **details)
 
     arguments = {"attacks": ["fgsm"], "eps": [0.02], "output": tmp_path}
     with monkeypatch.context() as patch, pytest.raises(InputError, match="another process is writing this run"):
