@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -273,7 +274,8 @@ def execute(
         else:
             store.close_and_discard_if_empty()
         if isinstance(error, InputError) and begun and output is not None and not resume:
-            raise InputError(f"{error}; what is done is kept: go on with --output {output} --resume") from error
+            go_on = f"with --output {shlex.quote(str(output))} --resume, if the model's file is as it was"
+            raise InputError(f"{error}; what is done is kept: go on {go_on}") from error
         raise
     store.set(finished=now())
     return Run(store)

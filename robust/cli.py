@@ -8,10 +8,12 @@ import inspect
 import io
 import os
 import re
+import signal
 import sqlite3
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import wraps
 from itertools import pairwise
 from pathlib import Path
@@ -71,19 +73,18 @@ def main(command: Callable[..., Any]) -> NoReturn:
         # Typer prints usage errors in a box of many lines; ours are one line, as all others.
         sys.exit(_run(app))
     except InputError as error:
-        _fail(str(error))
+        _fail(_noted(str(error), error))
     except (sqlite3.OperationalError, OSError) as error:
         from robust.store import BUSY, disk_is_full
 
         if "locked" in str(error):
             _fail(BUSY)
         if disk_is_full(error):
-            _fail("the disk is full: make room, then repeat it with --output and --resume; what is done is kept")
+            _fail(_noted("the disk is full: make room, and repeat the command", error))
         if not isinstance(error, OSError) and not re.search("readonly|I/O", str(error)):
             _fault()
-        resumes = "resume" in inspect.signature(command).parameters
-        go_on = "; with --output and --resume it goes on with what is done" if resumes else ""
-        _fail(f"{error}; mend that, or name another --output, and repeat the command{go_on}")
+        elsewhere = ", or name another --output," if "output" in inspect.signature(command).parameters else ""
+        _fail(_noted(f"{error}; mend that{elsewhere} and repeat the command", error))
     except Exception as error:
         usage = getattr(error, "format_message", None)
         if usage is None:
@@ -103,27 +104,42 @@ def _wait_briefly() -> None:
 
 
 def _interruptible(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Ctrl-C while there is nothing yet to go on with, as in the seconds that importing torch takes."""
+    """Ctrl-C at any time, also in the seconds that importing torch takes."""
 
     @wraps(command)
     def run(*args: Any, **options: Any) -> Any:
         try:
             return command(*args, **options)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+        except KeyboardInterrupt as error:
+            ignore_interrupts()
+            tell(_noted("interrupted", error))
             return 130
 
     return run
+
+
+def ignore_interrupts() -> None:
+    """From the first Ctrl-C on, so that a second one, of somebody impatient, cannot spoil how the first one ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def tell(line: str) -> None:
+    """A line on stderr; whether it can be written changes no exit code."""
+    _write(line + "\n", sys.stderr)
 
 
 def _run(app: typer.Typer) -> int:
     """The command's exit code, whether or not somebody reads its output to the end."""
     try:
         code = app(standalone_mode=False) or 0
-    except SystemExit as left:
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as left:
         if isinstance(left.__context__, BrokenPipeError):  # of click or rich, which write nothing more
             return UNREAD
-        raise InputError(f"code of the model or the data called sys.exit({left.code!r}); mend it") from None
+        did = f"called sys.exit({left.code!r})" if isinstance(left, SystemExit) else f"raised {type(left).__name__}"
+        said = f"code of the model or the data {did}: mend it, and begin anew where that changes the model's file"
+        raise InputError(_noted(said, left)) from None
     _write("", sys.stdout)
     return code
 
@@ -143,20 +159,33 @@ def slug(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.@-]+", "-", model).strip("-.")
 
 
+def _noted(message: str, error: BaseException) -> str:
+    """The message, and what was noted on the error on its way here."""
+    return "; ".join([message, *getattr(error, "__notes__", ())])
+
+
 def _fault() -> NoReturn:
     """A code of its own, as 1 is a verdict."""
-    _write(traceback.format_exc(), sys.stderr)
-    sys.exit(3)
+    _end(traceback.format_exc(), 3)
 
 
 def _fail(message: str) -> NoReturn:
-    _write("error: " + " ".join(message.split()) + "\n", sys.stderr)
-    sys.exit(2)
+    # Spaces stay what they are, for a path may be among the words.
+    _end("error: " + " ".join(map(str.strip, message.splitlines())) + "\n", 2)
+
+
+def _end(text: str, code: int) -> NoReturn:
+    _write(text, sys.stderr)
+    with suppress(OSError):  # which is told already
+        _write("", sys.stdout)
+    sys.exit(code)
 
 
 def _write(text: str, stream: TextIO) -> None:
     """The text, and whatever the stream holds back; if nobody reads it, the exit code stays what it is."""
     try:
         print(text, end="", file=stream, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what Python flushes at its end
+        if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+            raise

@@ -1,6 +1,5 @@
 """python -m robust.compare: did robustness fall? The regression gate for pipelines."""
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,7 +145,7 @@ def compare(
         _print(comparison)
         print(comparison.answer)
     elif not comparison.passed:
-        print(comparison.answer, file=sys.stderr)
+        cli.tell(comparison.answer)
     return 0 if comparison.passed else 1
 
 

@@ -2,7 +2,8 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -167,32 +168,28 @@ def evaluate(
     elif not quiet and not holds_run(output / FILENAME):
         print(f"There is no run in {output} to resume: a new one begins.")
 
-    from reports import write_reports
-    from reports.terminal import plain_lines, summary_table
-    from robust.api import execute, load_surrogate
-    from robust.data import load_data
-    from robust.data.names import one_line
-    from robust.models import load_model
-    from robust.plan import check_options
-    from robust.progress import Meter
+    command = shlex.join(["python", "-m", "robust.evaluate", *cli.without_output(sys.argv[1:])])
+    with _resumable(output, command):
+        from reports import write_reports
+        from reports.terminal import plain_lines, summary_table
+        from robust.api import execute, load_surrogate
+        from robust.data import load_data
+        from robust.data.names import one_line
+        from robust.models import load_model
+        from robust.plan import check_options
+        from robust.progress import Meter
 
-    check_options(options)
-    loaded = load_model(model, weights, input_size)
-    dataset = load_data(
-        data, loaded, limit=limit, seed=seed, label=label, data_root=data_root, skip_bad_images=skip_bad_images
-    )
-    crafted_on = None if surrogate is None else load_surrogate(surrogate, input_size)
-    console = Console()
-    command = one_line(shlex.join(["python", "-m", "robust.evaluate", *cli.without_output(sys.argv[1:])]))
-    total = None if dataset.size is None else dataset.size * len(options.attacks)
-    try:
+        check_options(options)
+        loaded = load_model(model, weights, input_size)
+        dataset = load_data(
+            data, loaded, limit=limit, seed=seed, label=label, data_root=data_root, skip_bad_images=skip_bad_images
+        )
+        crafted_on = None if surrogate is None else load_surrogate(surrogate, input_size)
+        console = Console()
+        total = None if dataset.size is None else dataset.size * len(options.attacks)
         with Meter(console, total, quiet) as meter:
-            run = execute(loaded, dataset, options, output, resume, command, meter, crafted_on)
+            run = execute(loaded, dataset, options, output, resume, one_line(command), meter, crafted_on)
         write_reports(run.store, output)
-    except KeyboardInterrupt:
-        go_on = f"{command} --output {shlex.quote(str(output))} --resume"
-        print(f"interrupted; what is done is kept. To go on: {go_on}", file=sys.stderr)
-        return 130
     if not quiet:
         if console.is_terminal:
             console.print(summary_table(run.store))
@@ -204,8 +201,23 @@ def evaluate(
         print(f"Report: {output / 'report.html'}")
     failed = run.store.details.get("failed_attacks", {})
     for message in failed.values():
-        print(f"error: {message}", file=sys.stderr)
+        cli.tell(f"error: {message}")
     return 1 if failed else 0
+
+
+@contextmanager
+def _resumable(output: Path, command: str) -> Iterator[None]:
+    """Notes on what ends the block how to go on, where there is a run to go on with; of wrong input the API says it."""
+    from robust.store import FILENAME, holds_run
+
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            cli.ignore_interrupts()
+        if not isinstance(error, InputError) and holds_run(output / FILENAME):
+            error.add_note(f"what is done is kept. To go on: {command} --output {shlex.quote(str(output))} --resume")
+        raise
 
 
 def _print_names(models: bool) -> None:

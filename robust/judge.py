@@ -98,7 +98,7 @@ class Judge:
         with readable_failure(
             f"model {self.model.name}",
             f"on batches of up to {rows} images",
-            "mend that and go on, or begin anew with a batch_size that it takes",
+            "mend that and begin anew, if need be with a batch_size that it takes",
         ):
             parts = [
                 logits_of(module, padded(part, rows, fewest=min(FEWEST, rows)), self.model.num_classes)[: len(part)]

@@ -113,9 +113,9 @@ def verify(
                 loaded, dataset, device=device, precision=dtype, algorithm=algorithm, batch_size=batch_size,
                 eps=radius, steps=steps, seed=seed, listener=listener,
             )  # fmt: skip
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        error.add_note("nothing was written")
+        raise
     write_verification(
         verified, output, shlex.join(["python", "-m", "robust.verify", *cli.without_output(sys.argv[1:])])
     )
@@ -127,7 +127,7 @@ def verify(
         print(f"Report: {output / 'verify.html'}")
         print(verified.answer)
     elif not verified.passed:
-        print(verified.answer, file=sys.stderr)
+        cli.tell(verified.answer)
     return 0 if verified.passed else 1
 
 

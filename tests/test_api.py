@@ -457,9 +457,12 @@ class Tires(nn.Module):
 
 
 def test_a_model_that_fails_under_attack_is_named_and_what_is_done_is_kept(data, tmp_path):
-    with pytest.raises(InputError, match=r"the model Tires fails under attack: ValueError: tired; .* what is done is"):
-        robust.run(Tires(20), data, attacks=["fgsm", "pgd"], eps=[0.001], output=tmp_path / "run")
-    kept = robust.load(tmp_path / "run").samples
+    with pytest.raises(InputError, match=r"the model Tires fails under attack: ValueError: tired; .* anew") as told:
+        robust.run(Tires(20), data, attacks=["fgsm", "pgd"], eps=[0.001], output=tmp_path / "a  run")
+    # A shell reads the folder as it is; a model whose file was mended is another model.
+    go_on = f"go on with --output '{tmp_path}/a  run' --resume, if the model's file is as it was"
+    assert str(told.value).endswith(f"; what is done is kept: {go_on}")
+    kept = robust.load(tmp_path / "a  run").samples
     assert set(kept.attack) == {"fgsm"} and len(kept) == len(data[1])
 
 
@@ -467,7 +470,7 @@ def test_a_model_that_fails_under_attack_is_named_and_what_is_done_is_kept(data,
     ("memory", "message"),
     [
         (True, r"the device has too little memory \(OutOfMemoryError: .*\): free some .* with a batch_size below 64"),
-        (False, "the model Small fails on batches of up to 64 images: ValueError: too many; mend that and"),
+        (False, "the model Small fails on batches of up to 64 images: ValueError: too many; mend that and begin"),
     ],
 )
 def test_a_model_that_fails_on_large_batches_is_refused_in_a_line(memory, message, data, tmp_path):

@@ -64,6 +64,10 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
+class Odd(BaseException):
+    """Of a user's own."""
+
+
 COMMON = "--model model.py:net --data data.npz --eps 0.01,0.03 --steps 4"
 
 
@@ -200,7 +204,15 @@ def test_nobody_reads_on(option):
         assert (process.stderr.read(), process.wait()) == (b"", 141)
 
 
-@pytest.mark.parametrize(("line", "code"), [("--model nonsense 2>&1 | true", 2), ("--list-attacks >&-", 0)])
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("--model nonsense 2>&1 | true", 2),
+        ("--list-attacks >&-", 0),
+        ("--model nonsense >/dev/full 2>&1", 2),
+        ("--list-attacks >/dev/full 2>&1", 2),
+    ],
+)
 def test_streams_that_are_closed_change_no_exit_code(line, code):
     command = f"{shlex.quote(sys.executable)} -m robust.evaluate {line}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
@@ -213,6 +225,28 @@ def test_a_network_that_ends_the_program_is_named(project, capsys):
     )
     code, out, err = run("--model quits.py:Quits --data data.npz --output out", capsys)
     assert (code, out) == (2, "") and "called sys.exit(0)" in err and err.count("\n") == 1
+    assert "kept" not in err and not (project / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("raised", "did"),
+    [(SystemExit(3), r"called sys\.exit\(3\)"), (GeneratorExit(), "raised GeneratorExit"), (Odd(), "raised Odd")],
+)
+def test_whatever_ends_a_run_is_one_line_with_the_way_to_go_on(project, capsys, monkeypatch, raised, did):
+    add_unit = Store.add_unit
+
+    def ending(self, start, attack, *args, **kwargs):
+        if attack == "pgd":
+            raise raised
+        add_unit(self, start, attack, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "add_unit", ending)
+        code, _, err = run(f"{COMMON} --output 'a  b'", capsys)
+    go_on = re.escape(f"python -m robust.evaluate {COMMON} --output 'a  b' --resume")
+    said = f"error: code of the model or the data {did}: mend it, .*; what is done is kept. To go on: {go_on}\n"
+    assert code == 2 and re.fullmatch(said, err)
+    assert run(f"{COMMON} --output 'a  b' --resume", capsys)[0] == 0
 
 
 def test_lists(project, capsys):
@@ -300,18 +334,23 @@ def test_files_that_belong_to_no_run_are_kept(project, capsys, name, resume):
 def test_what_cannot_be_written_is_told_with_the_way_to_go_on(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate"])
 
-    def failing(resume: bool = False) -> None:
-        raise OSError(5, "Input/output error", "out/samples.csv")
+    def failing(output: str = "") -> None:
+        error = OSError(5, "Input/output error", "out/samples.csv")
+        error.add_note("to go on: --output 'a  b' --resume")
+        raise error
 
     def without() -> None:
-        failing()
+        raise OSError(5, "Input/output error", "out/samples.csv")
 
-    for command, way in ((failing, "; with --output and --resume it goes on with what is done"), (without, "")):
+    for command, way, noted in (
+        (failing, ", or name another --output,", "; to go on: --output 'a  b' --resume"),
+        (without, "", ""),
+    ):
         with pytest.raises(SystemExit) as left:
             cli.main(command)
         assert left.value.code == 2
-        said = "[Errno 5] Input/output error: 'out/samples.csv'; mend that, or name another --output, and repeat "
-        assert capsys.readouterr().err == f"error: {said}the command{way}\n"
+        said = f"[Errno 5] Input/output error: 'out/samples.csv'; mend that{way} and repeat the command{noted}"
+        assert capsys.readouterr().err == f"error: {said}\n"
 
 
 def test_an_output_that_holds_another_run_is_kept(project, capsys):
@@ -363,11 +402,22 @@ def test_a_full_disk_keeps_what_is_done(project, capsys, monkeypatch):
         patch.setattr(Store, "add_unit", limited)
         code, _, err = run(f"{COMMON} --output out", capsys)
     assert code == 2
-    assert err == (
-        "error: the disk is full: make room, then repeat it with --output and --resume; what is done is kept\n"
-    )
-    code, _, _ = run(f"{COMMON} --output out --resume", capsys)
-    assert code == 0
+    # Before there was any unit: nothing is there to go on with.
+    assert err == "error: the disk is full: make room, and repeat the command\n"
+    assert not (project / "out").exists()
+
+    def later(self, start, attack, *args, **kwargs):
+        return (limited if attack == "pgd" else add_unit)(self, start, attack, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "add_unit", later)
+        code, _, err = run(COMMON, capsys)
+    (folder,) = Path("runs").iterdir()
+    said = "error: the disk is full: make room, and repeat the command; what is done is kept. To go on: "
+    command = f"python -m robust.evaluate {COMMON} --output {folder} --resume"
+    assert (code, err) == (2, f"{said}{command}\n")
+    folder.rename("out")
+    assert run(f"{COMMON} --output out --resume", capsys)[0] == 0
     run(f"{COMMON} --output whole", capsys)
     assert (project / "out" / "samples.csv").read_bytes() == (project / "whole" / "samples.csv").read_bytes()
 
@@ -377,7 +427,8 @@ def test_what_stands_in_the_way_of_a_report_is_named(project, capsys):
     (project / "out").mkdir()
     (project / "out" / "figures").write_text("a file")
     code, _, err = run(f"{COMMON} --output out", capsys)
-    assert code == 2 and "figures" in err and err.count("\n") == 1 and "--resume it goes on with what is done" in err
+    assert code == 2 and "figures" in err and err.count("\n") == 1
+    assert err.endswith(f"what is done is kept. To go on: python -m robust.evaluate {COMMON} --output out --resume\n")
     (project / "out" / "figures").unlink()
     assert run(f"{COMMON} --output out --resume", capsys)[0] == 0
 
@@ -453,6 +504,33 @@ def test_ctrl_c_before_there_is_anything_to_keep(project, capsys, monkeypatch):
     monkeypatch.setattr("robust.models.load_model", interrupted)
     assert run(f"{COMMON} --output out", capsys) == (130, "", "interrupted\n")
     assert not (project / "out").exists()
+
+
+def test_ctrl_c_while_a_run_that_is_resumed_is_loaded(project, capsys, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    assert run(f"{COMMON} --output out --quiet", capsys)[0] == 0
+    monkeypatch.setattr("robust.models.load_model", interrupted)
+    code, _, err = run(f"{COMMON} --output out --resume", capsys)
+    go_on = f"python -m robust.evaluate {COMMON} --output out --resume"
+    assert (code, err) == (130, f"interrupted; what is done is kept. To go on: {go_on}\n")
+
+
+def test_a_second_ctrl_c_changes_nothing(project, capsys, monkeypatch):
+    def interrupted(*args, **options):
+        signal.raise_signal(signal.SIGINT)
+
+    def again(path):
+        signal.raise_signal(signal.SIGINT)
+        return False
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr("robust.models.load_model", interrupted)
+    with monkeypatch.context() as patch:
+        patch.setattr("robust.store.require_no_run", lambda path: patch.setattr("robust.store.holds_run", again))
+        assert run(f"{COMMON} --output out", capsys) == (130, "", "interrupted\n")
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # to the process's end
 
 
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(project):

@@ -116,11 +116,9 @@ def test_a_run_killed_after_its_first_rows_knows_its_network(data, tmp_path, mon
         raise Killed
 
     arguments = {"data": data, "attacks": ["fgsm"], "eps": [0.02], "output": tmp_path / "run"}
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(Killed):  # and what is dead tidies nothing
         patch.setattr(robust.api.Store, "add_clean", killed)
-        patch.setattr(
-            robust.api.Store, "close_and_discard_if_empty", robust.api.Store.close
-        )  # as one that is dead does
+        patch.setattr(robust.api.Store, "close_and_discard_if_empty", robust.api.Store.close)
         robust.run(Shifted(0.0), **arguments)
     with pytest.raises(InputError, match="the model has changed since the run began"):
         robust.run(Shifted(0.1), **arguments, resume=True)

@@ -51,6 +51,6 @@ class Watched(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with readable_failure(
-            self.name, "under attack", "mend that and go on, or begin anew with a smaller batch_size"
+            self.name, "under attack", "mend that and begin anew, if need be with a smaller batch_size"
         ):
             return self.module(x)
