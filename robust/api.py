@@ -294,7 +294,7 @@ def load_surrogate(spec: str, input_size: int | None) -> Model:
 def _open_store(output: Path | None, resume: bool, identity: dict[str, Any], details: dict[str, Any]) -> Store:
     path = None if output is None else output / FILENAME
     if resume and path is not None and holds_run(path):
-        store = Store.open(path)
+        store = Store.open(path, to_resume=True)
         # The same options may be other parameters to another version of an attack.
         parameters = [{"attacks": _parameters(each["attacks"])} for each in (store.details, details)]
         if differ := differences(store.identity, identity) or differences(*parameters):

@@ -19,7 +19,7 @@ import numpy as np
 from robust import __version__, samples_csv
 from robust.errors import InputError
 from robust.files import write_text
-from robust.store import FILENAME, SCHEMA_VERSION, Finding, Store
+from robust.store import BUSY, FILENAME, SCHEMA_VERSION, Busy, Finding, Store, is_locked
 from robust.text import visible
 from robust.verdicts import Row, Samples, Verdicts, known_norm
 
@@ -51,7 +51,7 @@ def read(path: Path) -> Verdicts:
     except OSError as error:
         raise InputError(f"{source} cannot be read: {error.strerror or error}") from None
     if not head:
-        raise InputError(f"{source} is empty")
+        raise InputError(f"{path} is empty")
     return _from_run(path, source) if head == _SQLITE else samples_csv.read(path)
 
 
@@ -133,6 +133,8 @@ def _from_run(path: Path, source: str) -> Verdicts:
         finally:
             store.close()
     except (sqlite3.DatabaseError, KeyError, ValueError) as error:
+        if is_locked(error):
+            raise Busy(f"{source}: {BUSY}") from None
         raise InputError(f"{source} is damaged ({visible(str(error))}); make the run anew") from None
 
 

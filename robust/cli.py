@@ -75,9 +75,9 @@ def main(command: Callable[..., Any]) -> NoReturn:
     except InputError as error:
         _fail(_noted(str(error), error))
     except (sqlite3.OperationalError, OSError) as error:
-        from robust.store import BUSY, disk_is_full
+        from robust.store import BUSY, disk_is_full, is_locked
 
-        if "locked" in str(error):
+        if is_locked(error):
             _fail(BUSY)
         if disk_is_full(error):
             _fail(_noted("the disk is full: make room, and repeat the command", error))

@@ -10,6 +10,7 @@ all, and a resumed run makes the same batches, hence the same numbers, as an uni
 import errno
 import json
 import math
+import re
 import sqlite3
 import zlib
 from collections import Counter, defaultdict
@@ -27,9 +28,10 @@ import pandas as pd
 from robust.errors import InputError
 from robust.options import Options
 from robust.statistics import SUMMARY_COLUMNS, WORST_CASE, wilson
+from robust.text import visible
 
 FILENAME = "run.sqlite"
-BUSY = "another process is writing this run: wait for it, or name another --output"
+BUSY = "another process is writing this run; wait until it is done"
 
 _DEFAULTS = {option.name: option.default for option in fields(Options) if option.default is not MISSING}
 
@@ -191,8 +193,12 @@ class Store:
         return store
 
     @classmethod
-    def open(cls, path: Path) -> "Store":
-        """Open the run at `path` (the file or its folder). InputError where there is none that can be read."""
+    def open(cls, path: Path, to_resume: bool = False) -> "Store":
+        """Open the run at `path` (the file or its folder). InputError where there is none that can be read.
+
+        With `to_resume` every page is looked at, so that hours later no damaged one is come upon.
+        """
+        advice = "name another --output" if to_resume else "make the run anew"
         path = path / FILENAME if path.is_dir() else path
         if not path.is_file():
             raise InputError(f"no run at {path}")
@@ -200,10 +206,17 @@ class Store:
             try:
                 store = on_failure.enter_context(closing(cls(path)))
                 version = store._db.execute("PRAGMA user_version").fetchone()[0]
-            except sqlite3.DatabaseError as error:
-                raise InputError(f"{path} is not a run's store ({error}); name another --output") from None
+                if version in (0, SCHEMA_VERSION):  # 0: of no run, or of one that lost its beginning
+                    store._require_sound(to_resume)
+            except (sqlite3.DatabaseError, KeyError, TypeError, ValueError) as error:
+                if is_locked(error):
+                    raise Busy(f"{path}: {BUSY}") from None
+                raise InputError(f"{path} is damaged, or no run's store ({visible(str(error))}): {advice}") from None
             if version != SCHEMA_VERSION:
-                raise InputError(f"{path} has schema version {version}; this version of robust reads {SCHEMA_VERSION}")
+                raise InputError(
+                    f"{path} has schema version {version}, and this version of robust reads {SCHEMA_VERSION}: use the "
+                    f"version that wrote it, or {advice}"
+                )
             on_failure.pop_all()
         return store
 
@@ -470,6 +483,16 @@ class Store:
 
     # Inside
 
+    def _require_sound(self, every_page: bool) -> None:
+        """ValueError, or whatever reading it raises, where a run's tables or what all its readers need is not there."""
+        tables = {row["name"] for row in self._db.execute("SELECT name FROM sqlite_master")}
+        if lost := [name for name in re.findall(r"CREATE TABLE (\w+)", _TABLES) if name not in tables]:
+            raise ValueError(f"it has no table {lost[0]}")
+        if not isinstance(self.identity["options"], dict) or not isinstance(self.details, dict):
+            raise ValueError("it does not say what was run")
+        if every_page and (fault := self._db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise ValueError(fault.splitlines()[-1])
+
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         self._db.execute("BEGIN IMMEDIATE")
@@ -491,7 +514,10 @@ class Store:
         )
 
     def _get(self, key: str) -> Any:
-        return json.loads(self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0])
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            raise ValueError(f"it has no {key}")
+        return json.loads(row["value"])
 
     def _insert(self, table: str, rows: Iterable[Any]) -> None:
         rows = list(rows)
@@ -561,7 +587,7 @@ def holds_run(path: Path) -> bool:
     if not path.exists():
         return False
     try:
-        with closing(sqlite3.connect(path)) as database:
+        with closing(sqlite3.connect(path, timeout=0)) as database:  # what is locked is a run
             return database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] > 0
     except sqlite3.DatabaseError:
         return True
@@ -579,6 +605,11 @@ def require_no_files(folder: Path, names: Iterable[str]) -> None:
         for name in names:
             if (folder / name).exists():
                 raise InputError(f"{folder / name} is there already, and belongs to no run: name another --output")
+
+
+def is_locked(error: Exception) -> bool:
+    """Whether another process holds the store."""
+    return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
 
 
 def disk_is_full(error: Exception) -> bool:

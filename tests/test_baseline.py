@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import uuid
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from gate_runs import make_run, verdicts
 from robust.baseline import pack, read, write_baseline
 from robust.errors import InputError
 from robust.gate import compare
-from robust.store import FILENAME, SCHEMA_VERSION, Store
+from robust.store import BUSY, FILENAME, SCHEMA_VERSION, Store
 from robust.verdicts import Row
 
 IDS = ["=1+1.png", "+x.png", "-5.png", "@sum.png", "a|b.png", 'q"uo,te.png', "熊猫.png", "NA", "007", "new\nline.png"]
@@ -320,12 +321,34 @@ def test_a_store_that_is_none(tmp_path):
     with sqlite3.connect(path) as database:
         database.execute("CREATE TABLE t (a)")
     database.close()
-    assert "schema version 0" in refusal(path)
+    assert "is damaged, or no run's store (it has no table meta)" in refusal(path)
     assert "there is no norm 'linf\\x1b'" in refusal(make_run(tmp_path / "norm", ROBUST, CLEAN, IDS, norm="linf\x1b"))
     run = make_run(tmp_path / "run", ROBUST, CLEAN, IDS) / FILENAME
     whole = run.read_bytes()
     run.write_bytes(whole[:5000] + b"\xff" * 3000 + whole[8000:])
     assert "damaged" in refusal(run) or "no run" in refusal(run)
+
+
+def test_a_store_without_its_facts_is_damaged_and_an_empty_one_is_named(tmp_path):
+    path = make_run(tmp_path / "run", ROBUST, CLEAN, IDS) / FILENAME
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("DELETE FROM meta")
+    assert "is damaged" in refusal(path.parent)
+    path.write_bytes(b"")
+    assert refusal(path.parent) == f"{path} is empty"
+
+
+def test_a_store_that_another_process_writes_is_not_damaged(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", ROBUST, CLEAN, IDS)
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **options: connect(*args, **options | {"timeout": 0}))
+    with closing(sqlite3.connect(run / FILENAME)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert refusal(run) == f"{run / FILENAME}: {BUSY}" and "--output" not in BUSY
+        other.rollback()
+        # Or a moment later.
+        monkeypatch.setattr(Store, "findings", lambda store: other.execute("BEGIN EXCLUSIVE") and store.clean())
+        assert refusal(run) == f"{run}: {BUSY}"
 
 
 # samples.csv and spreadsheets

@@ -364,6 +364,19 @@ def test_an_output_that_holds_another_run_is_kept(project, capsys):
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.parametrize(
+    "statement",
+    ["DELETE FROM meta", "UPDATE meta SET value = '{' WHERE key = 'identity'", "DROP TABLE result"],
+)
+def test_a_damaged_store_is_not_resumed(project, capsys, statement):
+    assert run(f"{COMMON} --attack pgd --output out --quiet", capsys)[0] == 0
+    with closing(sqlite3.connect(project / "out" / FILENAME)) as store, store:
+        store.execute(statement)
+    code, _, err = run(f"{COMMON} --attack pgd --output out --resume", capsys)
+    assert code == 2 and err.count("\n") == 1
+    assert err.startswith("error: out/run.sqlite is damaged") and err.endswith(": name another --output\n")
+
+
 def test_a_bad_image_stops_the_run_or_is_counted(project, capsys):
     from PIL import Image
 

@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import re
 import sqlite3
+from contextlib import closing
 
 import numpy as np
 import pandas as pd
@@ -17,6 +19,7 @@ from robust.store import (
     FILENAME,
     PICTURES_KEPT,
     SAMPLE_COLUMNS,
+    Busy,
     Clean,
     Finding,
     Picture,
@@ -252,8 +255,53 @@ def test_a_file_that_is_no_run_is_refused(tmp_path, content):
 
 def test_a_run_of_another_schema_is_refused(store, tmp_path):
     sqlite3.connect(tmp_path / "run" / FILENAME).execute("PRAGMA user_version = 99")
-    with pytest.raises(InputError, match="schema version 99; this version of robust reads 3"):
+    with pytest.raises(InputError, match=r"version 99, .* reads 3: use the version that wrote it, or make"):
         Store.open(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("statement", "reason"),
+    [
+        ("DELETE FROM meta", "it has no identity"),
+        ("UPDATE meta SET value = '{' WHERE key = 'identity'", "Expecting property name"),
+        ("UPDATE meta SET value = '[]' WHERE key = 'identity'", "list indices"),
+        ("UPDATE meta SET value = '' WHERE key = 'command'", "Expecting value"),
+        ("DROP TABLE result", "it has no table result"),
+    ],
+)
+@pytest.mark.parametrize(("to_resume", "advice"), [(True, "name another --output"), (False, "make the run anew")])
+def test_a_store_that_lacks_something_is_damaged(store, statement, reason, to_resume, advice):
+    path = store._path
+    store.close()
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute(statement)
+    said = rf"^{re.escape(str(path))} is damaged.*{reason}.*{advice}$"
+    with pytest.raises(InputError, match=said):
+        Store.open(path, to_resume)
+
+
+def test_a_store_that_was_cut_or_written_over_is_damaged(store):
+    store.add_unit(0, "pgd", 1.0, results(0, "pgd", True), pictures=[picture(k, k) for k in range(3)])
+    path = store._path
+    store.close()
+    whole = path.read_bytes()
+    # But for the last page it is whole: who only opens it sees nothing.
+    path.write_bytes(whole[:-4096] + bytes(range(256)) * 16)
+    Store.open(path).close()
+    for content in (path.read_bytes(), whole[: len(whole) // 2], whole[:50]):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"is damaged.*: name another --output$"):
+            Store.open(path, to_resume=True)
+
+
+def test_a_store_that_another_process_holds_is_no_damaged_one(store, monkeypatch):
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **options: connect(*args, **options | {"timeout": 0}))
+    with closing(sqlite3.connect(store._path)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert holds_run(store._path)
+        with pytest.raises(Busy, match="another process is writing this run"):
+            Store.open(store._path)
 
 
 def test_no_run_at_all_is_said(tmp_path):
