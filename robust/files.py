@@ -1,6 +1,7 @@
 """Files written whole or not at all."""
 
 import errno
+import glob
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, stream)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    for left in _left_behind(path):
+        left.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as stream:
             yield cast(BinaryIO, stream)
@@ -29,6 +32,24 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _left_behind(path: Path) -> Iterator[Path]:
+    """What processes that were killed had written in place of `path`; other processes may be writing theirs."""
+    for part in path.parent.glob(glob.escape(f".{path.name}.") + "*.part"):
+        pid = part.suffixes[-2][1:]
+        if pid.isdecimal() and not _runs(int(pid)):
+            yield part
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # which sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

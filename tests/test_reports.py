@@ -841,6 +841,23 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["report.json"]
 
 
+def test_what_a_killed_process_left_of_a_file_goes_with_the_next_write(tmp_path: Path) -> None:
+    path = tmp_path / "report[1].json"
+    code = (
+        "import os, sys; from pathlib import Path; from robust.files import replacing\n"
+        "with replacing(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    (left,) = tmp_path.iterdir()
+    running = left.with_name(f".{path.name}.{os.getppid()}.part")  # of a process that may be writing it still
+    own = tmp_path / f".{path.name}.mine.part"
+    for other in (running, own):
+        other.touch()
+    with replacing(path) as stream:
+        stream.write(b"after")
+    assert set(tmp_path.iterdir()) == {path, running, own} and path.read_text() == "after"
+
+
 # The terminal
 
 
