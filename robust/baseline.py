@@ -6,6 +6,7 @@ samples are in an order that depends on their ids alone, so that what a diff sho
 
 import base64
 import binascii
+import io
 import json
 import sqlite3
 import zlib
@@ -44,15 +45,22 @@ def read(path: Path) -> Verdicts:
     if path.is_dir():
         raise InputError(f"{source} holds no run: there is neither {FILENAME} nor report.json")
     try:
-        with open(path, "rb") as stream:
+        with open(path, "rb") as opened:
+            # What comes through a pipe can be read once.
+            stream = opened if opened.seekable() else io.BytesIO(opened.read())
             head = stream.read(len(_SQLITE))
             if head != _SQLITE and head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"["):
                 return _from_json(head + stream.read(), source)
+            if head and head != _SQLITE:
+                stream.seek(0)
+                return samples_csv.read(stream, str(path))
     except OSError as error:
         raise InputError(f"{source} cannot be read: {error.strerror or error}") from None
     if not head:
         raise InputError(f"{path} is empty")
-    return _from_run(path, source) if head == _SQLITE else samples_csv.read(path)
+    if not path.is_file():
+        raise InputError(f"{source} is a pipe, and a run's store is read from its file: name that, or pipe report.json")
+    return _from_run(path, source)
 
 
 def from_store(store: Store, source: str = "this run") -> Verdicts:

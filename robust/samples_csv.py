@@ -1,10 +1,10 @@
 """Reading samples.csv back, also after a spreadsheet has saved it. It has no content hashes and no options."""
 
 import csv
+import io
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -17,22 +17,23 @@ _COLUMNS = ("sample_id", "label", "clean_pred", "attack", "norm", "eps", "succes
 _INERT = tuple("'" + first for first in "=+-@\t\r")  # how reports/tables.py writes text that would be a formula
 
 
-def read(path: Path) -> Verdicts:
-    """The verdicts in `path`. InputError where it is no samples.csv, or one that can be read in more than one way."""
+def read(stream: BinaryIO, source: str) -> Verdicts:
+    """The verdicts in a stream that can be wound back, called `source` in messages.
+
+    InputError where it is no samples.csv, or one that can be read in more than one way.
+    """
     try:
-        return _read(path)
+        return _read(stream, source)
     except UnicodeDecodeError:
-        raise InputError(f"{path} is not in UTF-8: no samples.csv, or one to be saved again as CSV UTF-8") from None
+        raise InputError(f"{source} is not in UTF-8: no samples.csv, or one to be saved again as CSV UTF-8") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, csv.Error) as error:
-        raise InputError(f"{path} is no samples.csv ({visible(str(error).strip())})") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise InputError(f"{source} is no samples.csv ({visible(str(error).strip())})") from None
     except InputError as error:
-        raise InputError(f"{path} {error}; export it anew") from None
+        raise InputError(f"{source} {error}; export it anew") from None
 
 
-def _read(path: Path) -> Verdicts:
-    table, comma = _table(path)
+def _read(stream: BinaryIO, source: str) -> Verdicts:
+    table, comma = _table(stream)
     if table.empty:
         raise InputError("holds no sample")
     label, pred = (_parsed(table[name], int) for name in ("label", "clean_pred"))
@@ -63,23 +64,24 @@ def _read(path: Path) -> Verdicts:
     verdicts = np.empty((len(ids), len(rows)), bool)
     verdicts[sample, which] = robust
     return Verdicts(
-        source=str(path),
+        source=source,
         samples=samples,
         clean=correct[first][order],
         robust={row: verdicts[order, k] for k, row in enumerate(rows)},
     )
 
 
-def _table(path: Path) -> tuple[pd.DataFrame, bool]:
+def _table(stream: BinaryIO) -> tuple[pd.DataFrame, bool]:
     """The columns that matter as text, as categories where values are few; and whether decimals may have commas."""
-    with open(path, encoding="utf-8-sig", newline="") as stream:
-        head = stream.readline()
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    head = text.readline()
+    text.detach().seek(0)
     separator = max(",;\t", key=head.count)
     header = next(csv.reader([head], delimiter=separator), [])
     if missing := [name for name in _COLUMNS if name not in header]:
         raise InputError(f"is no samples.csv, for it lacks the column {missing[0]}")
     table = pd.read_csv(
-        path,
+        stream,
         sep=separator,
         usecols=list(_COLUMNS),
         dtype={name: str if name == "sample_id" else "category" for name in _COLUMNS},

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sqlite3
 import subprocess
 import sys
@@ -53,6 +54,21 @@ def same(a, b) -> bool:
 
 
 # Reading
+
+
+@pytest.mark.parametrize("name", ["samples.csv", "report.json"])
+def test_what_comes_through_a_pipe_is_read_once(folder, tmp_path, name):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cp", folder / name, pipe]):
+        assert same(read(pipe), read(folder))
+
+
+def test_a_store_that_comes_through_a_pipe_is_refused(folder, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["dd", f"if={folder / FILENAME}", f"of={pipe}", "status=none"]):
+        assert "is a pipe, and a run's store is read from its file" in refusal(pipe)
 
 
 def test_a_run_directory(folder):
