@@ -1,6 +1,7 @@
 """The command line: what it writes, what it prints, how it ends."""
 
 import csv
+import errno
 import json
 import os
 import re
@@ -351,6 +352,18 @@ def test_what_cannot_be_written_is_told_with_the_way_to_go_on(capsys, monkeypatc
         assert left.value.code == 2
         said = f"[Errno 5] Input/output error: 'out/samples.csv'; mend that{way} and repeat the command{noted}"
         assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_a_full_disk_is_told_without_options_that_the_command_lacks(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compare"])
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(SystemExit) as left:
+        cli.main(full)
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: the disk is full: make room, and repeat the command\n"
 
 
 def test_an_output_that_holds_another_run_is_kept(project, capsys):
