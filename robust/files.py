@@ -43,6 +43,8 @@ def _left_behind(path: Path) -> Iterator[Path]:
 
 
 def _runs(pid: int) -> bool:
+    if os.name != "posix":  # elsewhere the signal 0 is Ctrl-C
+        return True
     try:
         os.kill(pid, 0)  # which sends nothing
     except (ProcessLookupError, OverflowError):
