@@ -196,7 +196,7 @@ class Cancelling(nn.Module):
 
     def __init__(self, size: float, bias: float):
         super().__init__()
-        self.conv, self.norm, self.linear = nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1, eps=0.0), nn.Linear(4, 2)
+        self.conv, self.norm, self.linear = nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1, eps=1e-12), nn.Linear(4, 2)
         self.requires_grad_(False).eval()
         self.conv.weight.fill_(1), self.conv.bias.fill_(size), self.norm.running_mean.fill_(size)
         self.linear.weight[0], self.linear.weight[1] = 1, -1

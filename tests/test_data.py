@@ -716,7 +716,8 @@ def test_imagenet_is_labelled_by_wnids(missing, tmp_path):
     there = [index for index in (134, 517, 638, 639, 900, 999, *range(120)) if index not in missing]
     wnids = imagenet.wnids()
     root = write_tree(tmp_path, {f"val/{wnids[index]}/1.JPEG": PHOTO for index in there})
-    names = [ImageNetInfo().index_to_description(index, detailed=False) for index in range(1000)]
+    info = ImageNetInfo()
+    names = [info.index_to_description(index, detailed=False) for index in range(1000)]
     torch.save((dict(zip(wnids, map(tuple, (name.split(", ") for name in names)), strict=True)), []), root / "meta.bin")
     data = load_data("imagenet", IMAGENET_MODEL, data_root=root)
     assert sorted(labels(data).values()) == sorted(there)
