@@ -86,8 +86,7 @@ def verdict(findings: Iterable[Finding], unproved: int = 0) -> tuple[str, str]:
     findings = list(findings)
     if not findings:
         return "warn", "Nothing was checked, so nothing says whether this can be believed."
-    bound = " as an upper bound" if unproved else ""
-    care = f"Believe this number with care{',' * bool(bound)}{bound}"
+    care = f"Believe this number with care{', as an upper bound' if unproved else ''}"
     for level, advice in (("fail", "Do not believe this number yet"), ("warn", care)):
         reasons = [finding for finding in findings if finding.level == level]
         if reasons:
@@ -97,9 +96,13 @@ def verdict(findings: Iterable[Finding], unproved: int = 0) -> tuple[str, str]:
             return level, f"{advice}, because {count}: {said}."
     names = ", ".join(finding.name for finding in findings)
     passing = "the one check passes" if len(findings) == 1 else f"all {len(findings)} checks pass"
+    if not unproved:
+        return "pass", f"This number can be believed, because {passing}: {names}."
     standing = "the image that stands" if unproved == 1 else f"the {format_images(unproved)} that stand"
-    further = f" A stronger attack may break {standing} without a proof." if unproved else ""
-    return "pass", f"This number can be believed{bound}, because {passing}: {names}.{further}"
+    return "pass", (
+        f"This number can be believed as an upper bound, because {passing}: {names}. A stronger attack may break "
+        f"{standing} without a proof."
+    )
 
 
 def _agreeing(verb: str, count: int) -> str:

@@ -35,7 +35,7 @@ MOST_VALUES = 2**18  # of the images bounded at once
 MOST_PARAMETERS = 2**24  # of larger networks bounds say nothing
 MOST_CLASSES = 100  # that bounds on the logits alone do not rule out
 MOST_CROSSING = 0.5  # share of a ReLU's inputs that may have either sign, beyond which bounds say nothing
-UNIT = 2.0**-24  # u, the largest relative error of rounding to float32
+UNIT = torch.finfo(torch.float32).eps / 2  # u, the largest relative error of rounding to float32
 # Room for algorithms that sum transformed values (Winograd's): a share of the largest logit, and so many times how far
 # the logits are seen to be off at the corner of the box.
 ROOM = 1e-4

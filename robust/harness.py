@@ -188,8 +188,8 @@ class _Job:
             for k, sample in enumerate(window)
         ]
         # In one transaction: where there are rows, a resumed run is held against what the networks said.
-        said = {name: logits.tolist() for name, logits in self._say(x[:2]).items()} if start == 0 else {}
-        self.store.add_clean(rows, **({"said": said} if said else {}))
+        said = {"said": {name: logits.tolist() for name, logits in self._say(x[:2]).items()}} if start == 0 else {}
+        self.store.add_clean(rows, **said)
         return rows
 
     def _recognise(self, x: Tensor) -> None:

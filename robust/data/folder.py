@@ -84,10 +84,11 @@ class Archive:
             for folder in folders:
                 self._folders[parent].add(f"{parent}{folder}/")
                 parent += f"{folder}/"
-            if file and self._members.setdefault(parent + file, member) is not member:
+            if not file:
+                continue
+            if self._members.setdefault(parent + file, member) is not member:
                 raise InputError(f"{path} holds {parent}{file} twice: zip the folder again")
-            if file:
-                self._files[parent].add(parent + file)
+            self._files[parent].add(parent + file)
 
     def children(self, folder: str) -> tuple[list[str], list[str]]:
         return sorted(self._folders[folder]), sorted(self._files[folder])

@@ -26,6 +26,7 @@ class Set(NamedTuple):
     num_classes: int
     labels: str = ""  # the attribute with the labels, of a set that is held in memory whole
     class_names: tuple[str, ...] | None = None
+    of_imagenet: bool = False  # classes of ImageNet's, in folders named by wnids
 
 
 TEST, VAL, NOT_TRAIN = {"split": "test"}, {"split": "val"}, {"train": False}
@@ -45,8 +46,8 @@ SETS = {
     "fgvcaircraft": Set("FGVCAircraft", TEST, 100),
     "flowers102": Set("Flowers102", TEST, 102),
     "food101": Set("Food101", TEST, 101),
-    "imagenet": Set("ImageNet", VAL, 1000),
-    "imagenette": Set("Imagenette", VAL, 10),
+    "imagenet": Set("ImageNet", VAL, 1000, of_imagenet=True),
+    "imagenette": Set("Imagenette", VAL, 10, of_imagenet=True),
     "places365": Set("Places365", VAL, 365),
 }
 
@@ -58,7 +59,7 @@ def accepts(spec: str) -> bool:
 def load(request: Request) -> Source:
     name, model = request.spec.lower(), request.model
     entry = SETS[name]
-    if model.num_classes != entry.num_classes and not (name == "imagenette" and model.wnids):
+    if model.num_classes != entry.num_classes and not (entry.of_imagenet and model.wnids):
         raise InputError(f"{name} has {entry.num_classes} classes and {model.name} has {model.num_classes}")
     if request.data_root is None:
         raise InputError(
@@ -115,7 +116,7 @@ def _in_files(held: Any, entry: Set, root: Path, model: Model) -> Source:
 
 def _labels(given: list[int], names: tuple[str, ...] | None, held: Any, entry: Set, model: Model) -> list[int]:
     """The model's labels for torchvision's, which are ranks among the class folders that are there."""
-    wnids = getattr(held, "wnids", None)
+    wnids = held.wnids if entry.of_imagenet else None
     if wnids and model.wnids:
         index, _ = folder_labels(wnids, model, entry.cls)
         return [index[label] for label in given]

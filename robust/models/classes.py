@@ -26,13 +26,14 @@ FASHION_MNIST = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 
-MANY = 1000  # classes, of which half are enough to know a set by
 # What people call them besides.
 ALSO = {
     "airplane": "plane", "automobile": "car", "T-shirt/top": "T-shirt", "Ankle boot": "boot",
     "0": "zero", "1": "one", "2": "two", "3": "three", "4": "four",
     "5": "five", "6": "six", "7": "seven", "8": "eight", "9": "nine",
 }  # fmt: skip
+
+MANY = 1000  # classes, of which half are enough to know a set by
 
 
 class ClassIndex:
