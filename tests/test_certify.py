@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 import robust
 from attacks.pgd import PGD
-from robust import certify
-from robust.certify import Certifier, Contradiction, NoBounds
+from robust.certify import Certifier, Contradiction, NoBounds, certifier, rules
+from robust.certify.bounds import Bounded, Node, Tape
 from robust.errors import InputError
 from robust.store import Store
 from toys import Linear, conv_net, images
@@ -272,15 +272,16 @@ OPERATIONS = {  # name -> the operation, given a generator, and the shape of its
 }
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-40], ids=["", "underflow"])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_float32_is_within_the_bounds_of_each_operation(name):
+def test_float32_is_within_the_bounds_of_each_operation(name, size):
     """At points, so that the bounds are as wide as rounding makes them, and not much wider."""
     make, shape = OPERATIONS[name]
     for seed in range(20):
         g = torch.Generator().manual_seed(seed)
-        x, operation = torch.rand(shape, generator=g), make(g)
-        node = certify._Node(x.double(), torch.zeros_like(x, dtype=torch.float64), certify._Tape())
-        bounded, out = operation(certify._Bounded.of(node)).node, operation(x).double()
+        x, operation = torch.rand(shape, generator=g) * size, make(g)
+        node = Node(x.double(), torch.zeros_like(x, dtype=torch.float64), Tape(rules.RULES))
+        bounded, out = operation(Bounded.of(node)).node, operation(x).double()
         assert ((out - bounded.middle).abs() <= bounded.radius).all()
         assert (bounded.radius <= 1e-2 * out.abs().max().clamp(min=1)).all()
 
@@ -300,6 +301,17 @@ def test_near_the_boundary_rounding_is_no_contradiction():
         assert -1e-2 < margin <= 0
 
 
+@pytest.mark.parametrize("sizes", [(1e-38, 1e-6, 1e38), (1e20, 1e20, 1e-30)], ids=["underflow", "overflow"])
+def test_what_float32_cannot_hold_is_no_contradiction(sizes, x):
+    layers = [nn.Linear(n, 5, bias=False) for n in (x[0].numel(), 5, 5)]
+    for layer, size in zip(layers, sizes, strict=True):
+        layer.weight.data.mul_(size)
+    first, second, third = layers
+    net = nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.ReLU(), third)
+    with pytest.raises(NoBounds, match=r"too wide|too large for float32"):
+        Certifier(net).margins(x, net(x).argmax(1), 1e-3)
+
+
 @pytest.mark.parametrize(
     "forward",
     [
@@ -309,7 +321,7 @@ def test_near_the_boundary_rounding_is_no_contradiction():
     ids=["infinite activations", "a class that is masked"],
 )
 def test_bounds_that_are_not_finite_prove_nothing(forward, x):
-    with pytest.raises(NoBounds, match=r"not finite|too wide"):
+    with pytest.raises(NoBounds, match=r"too large for float32|too wide"):
         Certifier(Net(forward)).margins(x, torch.zeros(len(x), dtype=torch.long), 0.01)
 
 
@@ -559,17 +571,17 @@ def test_a_network_that_says_something_else_than_its_copy_is_found_out(x):
 
 def signed_spread(x, weight, bias=None, *how):
     weight, bias = weight.double(), bias.double()
-    return certify._linear(certify._node(x), lambda z: F.conv2d(z, weight, bias, *how))
+    return rules._linear(rules._node(x), lambda z: F.conv2d(z, weight, bias, *how))
 
 
 def tangent(x, inplace=False):
-    return certify._plain(F.relu)(x)
+    return rules._plain(F.relu)(x)
 
 
 @pytest.mark.parametrize(("rule", "fault"), [("_conv2d", signed_spread), ("_relu", tangent)])
 def test_a_wrong_rule_is_found_out(rule, fault, monkeypatch, x):
-    right = getattr(certify, rule)
-    monkeypatch.setattr(certify, "_RULES", {func: fault if r is right else r for func, r in certify._RULES.items()})
+    right = getattr(rules, rule)
+    monkeypatch.setattr(certifier, "RULES", {func: fault if r is right else r for func, r in rules.RULES.items()})
     with pytest.raises(Contradiction, match="does not keep to its bounds"):
         lower_bounds(Net(straight), x, 0.3)
 
