@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from attacks import engine
 from attacks.attack import Outcome, State, Task
+from attacks.evaluation import padded, vote
 from attacks.mifgsm import MIFGSM
 
 
@@ -76,5 +77,5 @@ class Transfer(MIFGSM):
             x = torch.stack([points[task.position] for task in batch])
             y = torch.tensor([task.y for task in batch], device=x.device)
             with torch.no_grad():
-                pred = engine.vote([model(engine.padded(x, slots))[: len(x)] for _ in range(draws)])
+                pred = vote([model(padded(x, slots))[: len(x)] for _ in range(draws)])
             yield from (pred == y if self.targeted else pred != y).tolist()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import attacks
-from attacks.engine import padded
+from attacks.evaluation import padded
 from attacks.generators import put_back
 from attacks.noise import sample_key
 from robust.certify import Certifier, Contradiction, NoBounds

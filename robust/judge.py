@@ -15,7 +15,7 @@ from torch import Tensor
 
 import attacks
 from attacks.backward import FEWEST
-from attacks.engine import even, padded, vote
+from attacks.evaluation import even, padded, vote
 from attacks.norms import NORMS, per_slot
 from robust.errors import InputError
 from robust.models.asking import logits_of, readable_failure

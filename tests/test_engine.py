@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 import attacks
-from attacks import engine
+from attacks import engine, evaluation
+from attacks.evaluation import even, padded
 from toys import Linear, Outputs, conv_net, images, tasks
 
 
@@ -65,7 +66,7 @@ def test_cost_of_a_sample_that_stands(name, forwards, gradients):
 
 
 def test_counts_are_those_the_model_saw(monkeypatch):
-    monkeypatch.setattr(engine, "SMALL", 0)  # without copies, which are not counted
+    monkeypatch.setattr(evaluation, "SMALL", 0)  # without copies, which are not counted
     model, x = Recorder(conv_net()), images(50)
     y = model.model(x).argmax(1)
     outcomes = run(model, attacks.make("pgd", "linf", steps=6, restarts=2), x, y, [0.004, 0.02, 0.1], slots=8)
@@ -287,14 +288,14 @@ def test_batches_come_in_few_sizes_of_small_images_in_even_ones(side, small, lay
     x = images(70, (3, side, side)).contiguous(memory_format=layout)
     for slots in (1, 2, 7, 16, 70):
         for n in range(1, slots + 1):
-            batch = engine.padded(x[:n], slots)
+            batch = padded(x[:n], slots)
             assert torch.equal(batch[:n], x[:n]) and torch.equal(batch[n:], x[: len(batch) - n])
             assert batch.is_contiguous(memory_format=layout)
             assert n <= len(batch) <= (slots + 1 if small and slots > 1 else slots)
             assert len(batch) % 2 == 0 or not small or slots == 1
-            rows = engine.even(slots, x[0].numel())
-            assert slots - 1 <= rows <= slots and len(engine.padded(x[: min(n, rows)], rows)) <= rows
-    assert {len(engine.padded(x[:n], 70)) for n in range(8, 65)} == {
+            rows = even(slots, x[0].numel())
+            assert slots - 1 <= rows <= slots and len(padded(x[: min(n, rows)], rows)) <= rows
+    assert {len(padded(x[:n], 70)) for n in range(8, 65)} == {
         8,
         10,
         12,
@@ -303,7 +304,7 @@ def test_batches_come_in_few_sizes_of_small_images_in_even_ones(side, small, lay
         *range(40, 65, 8),
     }
     # As many as one rests on another library's ways: in full copies, and what is left.
-    few = engine.padded(x[:5], 16, fewest=12)
+    few = padded(x[:5], 16, fewest=12)
     assert len(few) == (12 if small else 5) and few.is_contiguous(memory_format=layout)
     assert not small or torch.equal(few, x[[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]])
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import attacks
 import robust
-from attacks import engine
+from attacks.evaluation import vote
 from reports.html import _least
 from robust.baseline import from_store
 from robust.errors import InputError
@@ -384,9 +384,9 @@ def test_an_attack_goes_on_from_a_majority_that_may_be_lucky(steps):
 
 def test_classes_with_as_many_votes_are_told_apart_by_their_logits_and_not_by_their_numbers():
     low = torch.tensor([[3.0, 0.0, 1.0]]), torch.tensor([[0.0, 1.0, 9.0]])
-    assert engine.vote(low).tolist() == [2] and engine.vote([one.flip(1) for one in low]).tolist() == [0]
+    assert vote(low).tolist() == [2] and vote([one.flip(1) for one in low]).tolist() == [0]
     more = *low, torch.tensor([[0.1, 0.0, 0.0]])
-    assert engine.vote(more).tolist() == [0]
+    assert vote(more).tolist() == [0]
 
 
 # Surrogates

@@ -42,7 +42,7 @@ def readable_failure(name: str, where: str, advice: str) -> Iterator[None]:
 class Watched(nn.Module):
     """A module, named where it fails under an attack.
 
-    by_rows: whether attacks/backward.py may take its gradient, which `attacks.engine` asks it.
+    by_rows: whether attacks/backward.py may take its gradient, which `attacks.evaluation` asks it.
     """
 
     def __init__(self, name: str, module: nn.Module, by_rows: bool = False):
