@@ -160,7 +160,10 @@ class Judge:
         # How far an attack went: all the way to the eps it was given, or as near as it could.
         ladder = torch.tensor([*self.options.eps, math.inf], dtype=distance.dtype, device=x.device)
         went = distance if attack.budget == "minimal" else ladder[rungs]
-        fooled_8bit = self._survive_8bit(x, y, x_adv, went, rungs, fooled, in_8bit, saved)
+        every = torch.arange(len(self.options.eps), device=x.device)
+        first = rungs[:, None] == every
+        untried = (rungs[:, None] <= every) & fooled[:, None] & ~(first & in_8bit[:, None])
+        fooled_8bit = self._survive_8bit(x, y, x_adv, went, first & saved[:, None], untried)
         reached = [rung if rung < len(self.options.eps) else None for rung in rungs.tolist()]
         sizes = {norm: values.tolist() for norm, values in distances.items()}
         return [
@@ -210,47 +213,33 @@ class Judge:
         return self._within(distance, eps) & (distance > 0), rounded
 
     def _survive_8bit(
-        self,
-        x: Tensor,
-        y: Tensor,
-        x_adv: Tensor,
-        went: Tensor,
-        first: Tensor,
-        fooled: Tensor,
-        tried: Tensor,
-        saved: Tensor,
+        self, x: Tensor, y: Tensor, x_adv: Tensor, went: Tensor, survives: Tensor, untried: Tensor
     ) -> Tensor:
         """(N, len(eps)) bool: whether an 8-bit image within eps, made from the adversarial, fools the model.
 
         went: (N,), how far the attack meant to go, which is scaled up to each eps.
-        first: (N,), the smallest eps that the adversarial lies within.
-        tried, saved: (N,) bool, for whom that is known already at the first eps, and for whom it does.
+        survives: (N, len(eps)) bool, of which that is known already.
+        untried: (N, len(eps)) bool, where it is to be found out.
 
-        At each eps, from the first on and as long as no smaller one has survived, it is the perturbation scaled up to
-        that eps and rounded. What was sought within a fixed eps is at that eps the adversarial itself.
+        At each eps, as long as no smaller one has survived, it is the perturbation scaled up to that eps and rounded.
+        What was sought within a fixed eps is at that eps the adversarial itself.
         """
-        eps = self.options.eps
-        survives = torch.zeros(len(x), len(eps), dtype=torch.bool)
-        first, fooled, tried, saved = first.cpu(), fooled.cpu(), tried.cpu(), saved.cpu()
-        for k, radius in enumerate(eps):
+        survives = survives.clone()
+        for k, radius in enumerate(self.options.eps):
             if k:
-                survives[:, k] = survives[:, k - 1]
-            known = tried & (first == k)
-            survives[:, k] |= known & saved
-            rows = torch.nonzero(fooled & (first <= k) & ~known & ~survives[:, k]).squeeze(1)
+                survives[:, k] |= survives[:, k - 1]
+            rows = (untried[:, k] & ~survives[:, k]).nonzero().squeeze(1)
             if len(rows) == 0:
                 continue
-            there = rows.to(x.device)
             # A larger eps in l0 is not more of each change.
             grows = self.options.norm != "l0"
-            scale = (radius / went[there] if grows else torch.ones_like(went[there])).to(x)
-            scaled = x[there] + per_slot(scale, x) * (x_adv[there] - x[there])
-            rounded = round_to_8bit(x[there], scaled.clamp_(0, 1), radius, self.options.norm)
+            scale = (radius / went[rows] if grows else torch.ones_like(went[rows])).to(x)
+            scaled = x[rows] + per_slot(scale, x) * (x_adv[rows] - x[rows])
+            rounded = round_to_8bit(x[rows], scaled.clamp_(0, 1), radius, self.options.norm)
             pred, _, _ = self.predict(rounded)
-            distance = self._distance(x[there], rounded)
-            inside = self._within(distance, radius) & (distance > 0)  # as in `verify`
-            survives[rows, k] = (self.fools(pred, y[there]) & inside).cpu()
-        return survives
+            distance = self._distance(x[rows], rounded)
+            survives[rows, k] = self.fools(pred, y[rows]) & self._within(distance, radius) & (distance > 0)
+        return survives.cpu()
 
     def _within(self, distance: Any, eps: Any) -> Any:
         return within(distance, eps, self.options.norm, self.pixels)
