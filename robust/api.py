@@ -140,7 +140,8 @@ def run(
         fixed eps are spared where it is proved that there is no adversarial. None for where one of the attacks is so
         long (autoattack, apgd-t, square, many restarts) that it pays.
 
-    torch.autocast and another default dtype around the call do not reach it. Calls from several threads take turns.
+    torch.autocast and another default dtype around the call do not reach it, and a compiled model runs as it was
+    written. Calls from several threads take turns.
 
     An option goes to those of the attacks that take it (`attacks.takes`); the others keep their own.
 
@@ -220,6 +221,7 @@ def load(folder: str | Path) -> Run:
     return Run(Store.open(Path(folder)))
 
 
+@undisturbed()  # by what a model's file has set
 @share_of_cores()
 def execute(
     model: Model,

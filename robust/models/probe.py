@@ -25,7 +25,8 @@ def count_classes(module: nn.Module, size: Size) -> int:
     InputError where it raises, or gives anything but finite (2, classes) logits for two classes or more.
     """
     check_parameters(module)
-    x = torch.rand(2, *size, generator=torch.Generator().manual_seed(0), device="cpu").to(device_of(module))
+    seeded = torch.Generator().manual_seed(0)
+    x = torch.rand(2, *size, generator=seeded, device="cpu", dtype=torch.float32).to(device_of(module))
     try:
         with torch.no_grad(), put_back():  # the network may be random
             logits = module(x)
