@@ -22,6 +22,7 @@ from robust.environment import environment, now
 from robust.errors import InputError, unknown
 from robust.models.asking import logits_of
 from robust.models.model import Model
+from robust.models.prepare import copied
 from robust.models.probe import count_classes, describe
 from robust.options import MOST_ROWS, Options, check_between
 from robust.precision import arithmetic
@@ -204,7 +205,7 @@ def _checked_network(model: Model, x: Tensor) -> nn.Module:
     """A frozen copy on x's device; InputError where it is no classifier of such images, says now this and now that of
     one, or gives no gradient."""
     try:
-        network = copy.deepcopy(model.module).eval().requires_grad_(False)
+        network = copied(model.module)
     except Exception as error:  # of somebody else's code, and of scripted modules
         raise InputError(f"{model.name} cannot be copied and frozen: {describe(error)}; name a plain module") from error
     network = network.to(x.device)

@@ -395,6 +395,7 @@ def test_parameters_that_no_gradient_passes_are_refused(data):
         made_there = conv_net()
     for module, message in (
         (nn.Sequential(nn.Flatten(), nn.LazyLinear(5)), r"1\.weight is not initialised; call the model once"),
+        (nn.Sequential(nn.LazyBatchNorm2d(affine=False)), r"0\.running_mean is not initialised; call the model once"),
         (nn.Sequential(nn.Flatten(), nn.Linear(432, 5, device="meta")), r"1\.weight is on the meta device"),
         (made_there, r"0\.weight was made under torch\.inference_mode"),
     ):

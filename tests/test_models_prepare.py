@@ -264,6 +264,15 @@ def test_a_model_with_hooks_is_not_folded_and_keeps_them() -> None:
     assert len(module[1]._forward_hooks) == 1
 
 
+def test_a_network_whose_train_returns_nothing_has_a_twin_as_others() -> None:
+    class Own(nn.Sequential):
+        def train(self, mode: bool = True) -> None:
+            super().train(mode)
+
+    module = plain()
+    assert fast_twin(Own(*module.children()), images()).description == fast_twin(module, images()).description
+
+
 def test_where_folding_fails_a_plain_copy_is_taken() -> None:
     class Asks(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
@@ -368,6 +377,16 @@ def test_frozen_restores_every_part_even_after_an_error() -> None:
         raise KeyError
     assert [part.training for part in module.modules()] == training
     assert [parameter.requires_grad for parameter in module.parameters()] == required
+
+
+def test_frozen_restores_buffers_that_a_pass_writes_into() -> None:
+    module = plain().eval()
+    before = [buffer.clone() for buffer in module.buffers()]
+    with frozen(module):
+        module[1].train()  # as code may do that keeps to the statistics of each batch
+        module(images())
+        assert not all(map(torch.equal, before, module.buffers()))
+    assert all(map(torch.equal, before, module.buffers())) and not module[1].training
 
 
 # Gradients by blocks

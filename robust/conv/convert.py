@@ -153,7 +153,9 @@ def _difference(module: nn.Module, converted: nn.Module, x: Tensor, algorithm: s
 
 def _answers(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The output, the gradient at x of a sum of it, each value weighted differently, and the output under no_grad."""
-    network = copy.deepcopy(network).eval().requires_grad_(False)
+    network = copy.deepcopy(network)
+    network.eval()  # whose own train() need not return it
+    network.requires_grad_(False)
     with seeded(), torch.no_grad():
         unwatched = network(x)
     with seeded(), torch.enable_grad():

@@ -31,9 +31,11 @@ def in_training(module: nn.Module) -> bool:
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[nn.Module]:
-    """The module in eval mode and without gradients for its parameters; both are put back, part by part."""
+    """The module in eval mode and without gradients for its parameters; both are put back, part by part, and so are
+    buffers that its code writes into."""
     training = [(part, part.training) for part in module.modules() if hasattr(part, "training")]
     requires_grad = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers() if _is_plain(buffer)]
     try:
         with suppress(NotImplementedError):  # an exported program has no modes
             module.eval()
@@ -45,6 +47,15 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
             part.training = mode
         for parameter, required in requires_grad:
             parameter.requires_grad_(required)
+        for buffer, value in buffers:
+            if not torch.equal(buffer, value):  # the version counts no writes of batch-norms
+                with torch.no_grad():
+                    buffer.copy_(value)
+
+
+def _is_plain(buffer: Tensor) -> bool:
+    """Whether it is a tensor with values that may be compared, and written outside of torch.inference_mode."""
+    return buffer.layout == torch.strided and not buffer.is_meta and not buffer.is_inference()
 
 
 class Twin(NamedTuple):
@@ -91,7 +102,8 @@ def copied(module: nn.Module) -> nn.Module:
     tensors = ({t.data_ptr() for t in (*net.parameters(), *net.buffers()) if t.numel()} for net in (module, twin))
     if not set.isdisjoint(*parts) or not set.isdisjoint(*tensors):
         raise ValueError("its copy shares parts with it")
-    return twin.eval().requires_grad_(False)
+    twin.eval()  # whose own train() need not return it
+    return twin.requires_grad_(False)
 
 
 def _frozen_copy(module: nn.Module, x: Tensor) -> tuple[nn.Module, str]:

@@ -5,6 +5,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from attacks.generators import put_back
 from robust.errors import InputError
@@ -68,9 +69,10 @@ def device_of(module: nn.Module) -> torch.device:
 
 def check_parameters(module: nn.Module) -> None:
     """InputError for parameters that are not there yet, or that no gradient can be taken past."""
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if is_lazy(tensor):
+            raise InputError(f"the model's {name} is not initialised; call the model once on a batch first")
     for name, parameter in module.named_parameters():
-        if isinstance(parameter, nn.UninitializedParameter):
-            raise InputError(f"the model's parameter {name} is not initialised; call the model once on a batch first")
         if parameter.is_meta:
             raise InputError(f"the model's parameter {name} is on the meta device, without values; load weights first")
         if parameter.is_inference():
