@@ -32,7 +32,7 @@ from robust.models.model import Model, fingerprint
 from robust.models.prepare import frozen, in_training
 from robust.models.probe import check_parameters, count_classes, describe, device_of
 from robust.models.scratch import from_scratch
-from robust.options import Options, default_attacks, parse_eps, parse_names, parse_number
+from robust.options import Options, default_attacks, parse_eps, parse_names, parse_number, whole
 from robust.plan import check_options, make_plan
 from robust.precision import undisturbed
 from robust.store import FILENAME, Busy, Finding, Store, differences, holds_run, require_no_files
@@ -163,14 +163,14 @@ def run(
         queries=queries,
         eot=eot,
         surrogate=_name_of(surrogate),
-        target=None if target is None else str(target),
+        target=target if isinstance(target, str | None) else str(whole("target", target)),
         batch_size=batch_size,
         limit=limit,
         seed=seed,
         device=device or _its_device(model),
         conv=conv,
-        save_adversarials=bool(save_adversarials),
-        certify=None if certify is None else bool(certify),
+        save_adversarials=save_adversarials,
+        certify=certify,
     )
     if not isinstance(output, str | Path | None):
         raise InputError(f"output must be a folder's path, not {output!r}")
@@ -403,7 +403,7 @@ def _check_reads(surrogate: nn.Module, name: str, shape: torch.Size) -> None:
 def _listed(names: Sequence[str] | str) -> Sequence[str]:
     names = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
     if unnamed := [name for name in names if not isinstance(name, str)]:
-        raise InputError(f"attacks are given by their names, such as 'pgd', not as {unnamed[0]!r}")
+        raise InputError(f"attacks are given by their names, such as 'pgd', not as a {type(unnamed[0]).__name__}")
     return names
 
 

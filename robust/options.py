@@ -72,13 +72,16 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in ("steps", "restarts", "queries", "eot", "batch_size", "limit", "seed"):
-            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+            object.__setattr__(self, name, whole(name, getattr(self, name)))
         if self.norm not in NORMS:
             raise unknown("norm", str(self.norm), NORMS)
-        if self.random_start not in (None, True, False):
-            raise InputError(f"random_start must be True or False, not {self.random_start!r}")
-        if self.random_start is not None:  # whatever library it comes from
-            object.__setattr__(self, "random_start", bool(self.random_start))
+        for name in ("random_start", "save_adversarials", "certify"):
+            value = getattr(self, name)
+            if value is None and name != "save_adversarials":
+                continue
+            if value not in (True, False):
+                raise InputError(f"{name} must be True or False, not {value!r}")
+            object.__setattr__(self, name, bool(value))  # whatever library it comes from
         if self.conv not in CONVS:
             raise unknown("conv", str(self.conv), CONVS)
         if not self.attacks:
@@ -167,7 +170,7 @@ def parse_names(values: Iterable[str]) -> tuple[str, ...]:
     return tuple(name.strip() for value in values for name in value.split(",") if name.strip())
 
 
-def _whole(name: str, value: Any) -> int | None:
+def whole(name: str, value: Any) -> int | None:
     """The number as an int, whatever library it comes from."""
     if value is None and name not in ("restarts", "batch_size", "seed"):
         return None

@@ -36,8 +36,8 @@ def test_numbers_of_every_library(model, data):
     )  # fmt: skip
     same = robust.run(model, data, attacks="pgd", eps=["0.01", "0.02"], steps=2, seed=3, step_size=0.25, batch_size=8)
     assert run.samples.equals(same.samples)
-    options = robust.run(model, data, attacks="noise", eps=torch.tensor(0.5)).store.identity["options"]
-    assert options["eps"] == [0.5]
+    stored = robust.run(model, data, attacks="noise", eps=torch.tensor(0.5), target=torch.tensor(3)).store.identity
+    assert stored["options"]["eps"] == [0.5] and stored["target"] == {"index": 3}
 
 
 @pytest.mark.parametrize("shape", [(3, 28, 28), (1, 32, 32)])
@@ -354,8 +354,12 @@ def test_what_is_wrong_whatever_the_model_is_is_said_before_it_is_loaded(data, u
         ({"attacks": ["pgd"], "steps": "3"}, "steps must be a whole number, not '3'"),
         ({"attacks": ["pgd"], "steps": 2.5}, r"steps must be a whole number, not 2\.5"),
         ({"attacks": ["pgd"], "random_start": "no"}, "random_start must be True or False, not 'no'"),
+        ({"certify": "no"}, "certify must be True or False, not 'no'"),
+        ({"save_adversarials": "no"}, "save_adversarials must be True or False, not 'no'"),
+        ({"target": 1.5}, r"target must be a whole number, not 1\.5"),
         ({"attacks": ["pgd"], "step_size": [0.1]}, r"step_size must be a number, not \[0\.1\]"),
         ({"seed": None}, "seed must be a whole number, not None"),
+        ({"attacks": [conv_net()]}, "attacks are given by their names, such as 'pgd', not as a Sequential$"),
         ({"attacks": [PGD]}, "attacks are given by their names, such as 'pgd'"),
         ({"attacks": PGD(norm="linf")}, "attacks are given by their names, such as 'pgd'"),
         ({"norm": 2}, "unknown norm '2'; did you mean l2"),
