@@ -233,13 +233,19 @@ class Store:
                 self._path.parent.rmdir()
 
     def copy_to(self, path: Path) -> None:
-        """Write the whole run to `path`, unless it lives there. InputError where another run does."""
+        """Write the whole run to `path`, unless it lives there. InputError where another run does, or nothing can be
+        written."""
         if self._path is not None and path.exists() and path.samefile(self._path):
             return
         require_no_run(path, "name another folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(path)) as target:
-            self._db.backup(target)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(path)) as target:
+                self._db.backup(target)
+        except (OSError, sqlite3.OperationalError) as error:
+            if disk_is_full(error):
+                raise
+            raise InputError(f"cannot write a run to {path.parent} ({error}); name another folder") from None
 
     # Writing
 

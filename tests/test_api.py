@@ -77,6 +77,9 @@ def test_a_finished_run_is_loaded_and_written_anew(model, data, tmp_path):
     assert (tmp_path / "run" / "summary.csv").read_bytes() == summary
     with pytest.raises(InputError, match="no run at"):
         robust.load(tmp_path / "none")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write a run to .*file .*; name another folder"):
+        run.write(tmp_path / "file")
 
 
 # What is around a run
