@@ -311,7 +311,7 @@ class Trains(nn.Module):
     [
         (lambda x: x.flatten(1).sum(1), "logits of shape"),
         (lambda x: x, "logits of shape"),
-        (lambda x: (x.flatten(1), x), "not one tensor of logits"),
+        (lambda x: (x.flatten(1), x), "not one tensor of logits, .*; wrap it in a module"),
         (lambda x: x.flatten(1)[:, :5] * float("nan"), "NaN"),
         (lambda x: x.flatten(1)[:, :5].detach(), "no gradient back to its input"),
         (lambda x: x.flatten(1)[:, :5].detach() * torch.ones(5).requires_grad_(), "no gradient back to its input"),

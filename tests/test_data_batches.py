@@ -4,9 +4,11 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from robust.data.batches import from_batches
@@ -36,6 +38,7 @@ class Endless(IterableDataset):
     [
         pytest.param((X, Y), 5, id="one pair of tensors"),
         pytest.param((X.numpy(), Y.numpy().astype(np.uint8)), 5, id="one pair of arrays"),
+        pytest.param((X, pd.Series(Y.numpy())), 5, id="labels of pandas"),
         pytest.param([(X[:3], Y[:3]), (X[3:], Y[3:])], 5, id="batches"),
         pytest.param([(X[:3], Y[:3]), (X[3], Y[3]), (X[4], 2)], 5, id="batches and single samples"),
         pytest.param([(x, list(y)) for x, y in [(X, Y)]], 5, id="labels in a list"),
@@ -133,9 +136,10 @@ def test_a_read_only_array_is_taken():
         ((X[:, 0].numpy(), Y), r"It needs a channel axis, \(N, C, H, W\): .* or x\[:, None\]"),
         ([(X[:, 0, 0], Y)], r"x of item 0 of data has shape \(5, 4\): give batches \(N, C, H, W\)"),
         ([(X[..., :0], Y)], r"has shape \(5, 3, 4, 0\)"),
-        ([(X, Y, Y)], r"item 0 of data is not a pair \(x, y\)"),
-        ([{"x": X}], "item 0 of data is not a pair"),
-        (X, "item 0 of data is not a pair"),
+        ([(X, Y, Y)], r"item 0 of data is a tuple of 3 parts, not a pair \(x, y\): pick these, \(\(item"),
+        ([{"x": X, "y": Y}], r"item 0 of data is a dict of x, y, not a pair \(x, y\): pick these"),
+        (X, r"item 0 of data is a Tensor, not a pair \(x, y\): give images with their labels"),
+        ([(X, one_hot(Y, 5))], r"y must be integers \(5,\), such as y\.argmax\(1\)"),
         ([(Image.new("RGB", (4, 4)), 0)], r"x of item 0 of data is a Image: .*transforms\.ToTensor\(\)"),
         ([(X, Y), (X[..., :3], Y)], "00005 is 3 x 4 x 3 .* and 00000 is 3 x 4 x 4"),
         ([(X, Y + 1)], "label 3 of 00001 is outside the model's 3 classes"),

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral
 from typing import Any
 
@@ -69,7 +69,7 @@ def _pairs(items: Any, name: str) -> Iterator[tuple[Tensor, int]]:
     for number, item in enumerate(each):
         where = f"item {number} of {name}"
         if not isinstance(item, tuple | list) or len(item) != 2:
-            raise InputError(f"{where} is not a pair (x, y)")
+            raise InputError(f"{where} is {_no_pair(item)}")
         x, y = item
         if not _is_array(x):
             raise InputError(
@@ -84,6 +84,15 @@ def _pairs(items: Any, name: str) -> Iterator[tuple[Tensor, int]]:
             yield _pixels(x[row]), int(label)
 
 
+def _no_pair(item: Any) -> str:
+    """What an item is instead of a pair, and what to do about it."""
+    kind = type(item).__name__
+    if not isinstance(item, tuple | list | Mapping):
+        return f"a {kind}, not a pair (x, y): give images with their labels"
+    parts = ", ".join(map(str, item)) if isinstance(item, Mapping) else f"{len(item)} parts"
+    return f"a {kind} of {parts}, not a pair (x, y): pick these, ((item[...], item[...]) for item in data)"
+
+
 def _check_item(x: Tensor | np.ndarray, y: np.ndarray, where: str) -> None:
     shape = tuple(x.shape)
     if isinstance(x, Tensor) and (x.layout != torch.strided or x.is_meta):
@@ -96,6 +105,8 @@ def _check_item(x: Tensor | np.ndarray, y: np.ndarray, where: str) -> None:
         wanted = f"integers ({shape[0]},)" if x.ndim == 4 else "one integer"
         if x.ndim == 3 and y.shape == shape[:1]:
             wanted += "; or is x a batch? It needs a channel axis, (N, C, H, W): x.unsqueeze(1), or x[:, None]"
+        if y.ndim == 2 and x.ndim == 4:
+            wanted += ", such as y.argmax(1) of one-hot rows"
         raise InputError(f"y of {where} is {y.dtype} {y.shape} and x is {shape}: y must be {wanted}")
 
 
@@ -116,7 +127,7 @@ def _is_pair_of_arrays(data: Any) -> bool:
 
 def _is_labels(value: Any) -> bool:
     listed = isinstance(value, tuple | list) and len(value) > 0 and all(isinstance(label, Integral) for label in value)
-    return listed or _is_array(value)
+    return listed or hasattr(value, "__array__")  # as those of pandas have, too
 
 
 def _size(items: Any) -> int | None:

@@ -142,7 +142,10 @@ def apart(logits: Tensor, others: Tensor) -> float:
 def _fault(logits: object) -> str | None:
     """What is wrong with the output for two images, whatever their size, or None."""
     if not isinstance(logits, Tensor):
-        return f"returns a {type(logits).__name__}, not one tensor of logits, (N, classes)"
+        return (
+            f"returns a {type(logits).__name__}, not one tensor of logits, (N, classes); wrap it in a module that "
+            "picks them out"
+        )
     if logits.ndim != 2:
         return f"returns shape {tuple(logits.shape)} for 2 images, not logits of shape (2, classes)"
     if not logits.is_floating_point():
