@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -37,6 +38,32 @@ from robust.plan import check_options, make_plan
 from robust.precision import undisturbed
 from robust.store import FILENAME, Busy, Finding, Store, differences, holds_run, require_no_files
 
+# Options of the command line that are no parameters of `run` by their own names.
+_IN_PYTHON = {
+    "attack": "attack",
+    "certify": "certify=True",
+    "no-certify": "certify=False",
+    "resume": "resume=True",
+    "skip-bad-images": "skip_bad_images=True",
+    "list-attacks": "attacks.takes",
+}
+
+
+@contextmanager
+def _in_python() -> Iterator[None]:
+    """Errors, most of which the command line may tell as well, call options by the names of `run`'s parameters."""
+
+    def named(option: re.Match[str]) -> str:
+        parameter = option[1].replace("-", "_")
+        known = parameter in inspect.signature(run).parameters
+        return _IN_PYTHON.get(option[1], parameter if known else option[0])
+
+    try:
+        yield
+    except InputError as error:
+        error.args = (re.sub(r"(?<![^\s(])--([a-z][a-z-]*)", named, str(error)),)
+        raise
+
 
 @dataclass(frozen=True)
 class Run:
@@ -60,10 +87,12 @@ class Run:
         return self.store.findings()
 
     @property
+    @_in_python()
     def answer(self) -> str:
         """The result in one sentence."""
         return answer(self.store)
 
+    @_in_python()
     def write(self, output: str | Path) -> Path:
         """Write the run directory, store and all reports, to `output`, and return it."""
         output = Path(output)
@@ -73,6 +102,7 @@ class Run:
         return output
 
 
+@_in_python()
 @undisturbed()
 @put_back()  # a DataLoader draws a seed when it is read, and a random model when it is looked at
 def run(
@@ -216,6 +246,7 @@ def run(
     return done
 
 
+@_in_python()
 def load(folder: str | Path) -> Run:
     """The run in `folder`, with its tables; `write(folder)` makes its reports anew. InputError where there is none."""
     return Run(Store.open(Path(folder)))
@@ -374,7 +405,7 @@ def _check_surrogate(surrogate: Model, shape: torch.Size) -> None:
     if surrogate.input_size is not None and shape != surrogate.input_size:
         raise InputError(
             f"the surrogate {surrogate.name} takes {size_text(surrogate.input_size)} and the model's images are "
-            f"{size_text(shape)}: name one of the same input size, or one for both by --input-size (input_size)"
+            f"{size_text(shape)}: name one of the same input size, or one for both by --input-size"
         )
     _check_reads(surrogate.module, surrogate.name, shape)
 

@@ -231,7 +231,7 @@ class _Job:
                 rows = rows[self.certifier.certifies(x[rows], y[rows], reach(eps, "linf", 1), self.plan.target)]
             except Contradiction as fault:
                 raise InputError(
-                    f"{fault}: what was proved of it cannot be believed; begin anew with --no-certify (certify=False)"
+                    f"{fault}: what was proved of it cannot be believed; begin anew with --no-certify"
                 ) from None
             except NoBounds:  # at larger eps they are wider still
                 break

@@ -85,7 +85,7 @@ class Options:
         if self.conv not in CONVS:
             raise unknown("conv", str(self.conv), CONVS)
         if not self.attacks:
-            raise InputError("no attack named; give --attack, such as --attack pgd")
+            raise InputError("no attack named; name one, such as pgd")
         if repeated := sorted({name for name in self.attacks if self.attacks.count(name) > 1}):
             raise InputError(f"attack {repeated[0]} is named twice; name it once")
         for value in self.eps:

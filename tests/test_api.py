@@ -386,6 +386,24 @@ def test_wrong_arguments_are_refused_in_one_line(model, data, changes, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attacks": ["transfer"]}, "crafts on another network; name it with surrogate$"),
+        ({"attacks": ["noise"], "steps": 3}, r"steps means nothing to noise: .* \(see attacks\.takes\)$"),
+        ({"attacks": ["autoattack"], "eot": 2}, "in a run with eot name its parts"),
+        ({"output": "{old}"}, "already holds a run: continue it with resume=True, or name another output$"),
+        ({"model": "resnet-50"}, r"\(--list-models lists all; a file of weights goes to weights\)$"),
+    ],
+)
+def test_errors_call_options_as_python_does(model, data, tmp_path, changes, message):
+    if "output" in changes:
+        changes = {"output": tmp_path}
+        (tmp_path / "run.sqlite").write_text("a run, for all that is known")
+    with pytest.raises(InputError, match=message):
+        robust.run(**{"model": model, "data": data, "attacks": ["fgsm"], "eps": [0.1]} | changes)
+
+
 def test_labels_outside_the_classes_are_refused(model, data):
     x, y = data
     with pytest.raises(InputError, match=r"label 7 of 00003 is none of the model's 5 classes"):
@@ -497,7 +515,7 @@ def test_a_model_that_fails_under_attack_is_named_and_what_is_done_is_kept(data,
     with pytest.raises(InputError, match=r"the model Tires fails under attack: ValueError: tired; .* anew") as told:
         robust.run(Tires(20), data, attacks=["fgsm", "pgd"], eps=[0.001], output=tmp_path / "a  run")
     # A shell reads the folder as it is; a model whose file was mended is another model.
-    go_on = f"go on with --output '{tmp_path}/a  run' --resume, if the model's file is as it was"
+    go_on = f"go on with output '{tmp_path}/a  run' resume=True, if the model's file is as it was"
     assert str(told.value).endswith(f"; what is done is kept: {go_on}")
     kept = robust.load(tmp_path / "a  run").samples
     assert set(kept.attack) == {"fgsm"} and len(kept) == len(data[1])

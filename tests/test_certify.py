@@ -677,7 +677,7 @@ def test_a_certifier_that_is_found_out_ends_the_run(run_of, monkeypatch):
         return proves(self, *given)
 
     monkeypatch.setattr(Certifier, "certifies", found_out)
-    with pytest.raises(InputError, match="what was proved of it cannot be believed; begin anew with --no-certify"):
+    with pytest.raises(InputError, match="what was proved of it cannot be believed; begin anew with certify=False"):
         run_of(batch_size=1, certify=True)
 
 

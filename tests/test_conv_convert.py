@@ -426,7 +426,7 @@ def test_a_run_reaches_the_same_verdicts(batch):
 def test_a_run_refuses_what_it_cannot_replace(batch):
     net = nn.Sequential(Scaled(3, 3, 1), conv_net())
     with pytest.raises(
-        robust.InputError, match=r"cannot run on the project's convolution: .* 0 \(Scaled: .*--conv torch"
+        robust.InputError, match=r"cannot run on the project's convolution: .* 0 \(Scaled: .*use conv torch$"
     ):
         robust.run(net, [batch], attacks="pgd", eps=0.1, conv="scratch")
 

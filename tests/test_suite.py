@@ -148,7 +148,7 @@ def test_a_nearest_point_that_rounding_refutes_is_tried_a_little_farther_out(mod
         (None, {"queries": 100}, "queries means nothing to fgsm or pgd or noise"),
         # Attacks of the norm are named.
         (None, {"random_start": False, "norm": "l1"}, "apgd-ce or fmn or noise: .* takes it: many of foolbox's"),
-        (None, {"queries": 9, "norm": "l0", "eps": 5}, r"fmn or noise: leave it out \(see --list-attacks"),
+        (None, {"queries": 9, "norm": "l0", "eps": 5}, r"fmn or noise: leave it out \(see attacks\.takes"),
     ],
 )
 def test_an_option_that_no_attack_takes_is_refused(model, data, names, options, says):
@@ -393,7 +393,7 @@ def test_classes_with_as_many_votes_are_told_apart_by_their_logits_and_not_by_th
 
 
 def test_transfer_needs_a_surrogate_of_the_same_classes_and_size(model, data):
-    with pytest.raises(InputError, match="name it with --surrogate"):
+    with pytest.raises(InputError, match="name it with surrogate"):
         robust.run(model, data, attacks=["transfer"], eps=0.02)
     with pytest.raises(InputError, match="for attack transfer only"):
         robust.run(model, data, attacks=["pgd"], eps=0.02, surrogate=model)
