@@ -779,10 +779,11 @@ def test_files_of_torchvision_are_decoded_here(tmp_path):
             r"there is no readable ImageNet under .*devkit.*see torchvision's documentation",
         ),
         ("cifar10", IMAGENET_MODEL, ".", "cifar10 has 10 classes and net has 1000"),
+        ("cifar10", model_of(10), "~nobody-of-that-name", "under --data-root ~nobody-of-that-name"),
     ],
 )
 def test_torchvision_sets_that_are_not_there(tmp_path, spec, model, root, reason):
-    check_refused(spec, model, reason, data_root=root and tmp_path)
+    check_refused(spec, model, reason, data_root=root and (tmp_path if root == "." else Path(root)))
     assert list(tmp_path.iterdir()) == [], "nothing is downloaded, nothing made"
 
 
@@ -793,14 +794,21 @@ def test_torchvision_sets_that_are_not_there(tmp_path, spec, model, root, reason
     ("spec", "reason"),
     [
         ("cifar11", r"unknown data 'cifar11'; did you mean cifar10 .*\(and there is no such file or folder\)"),
-        ("no/such/folder", "unknown data 'no/such/folder'"),
-        ("missing.zip", "unknown data 'missing.zip'"),
-        ("missing.npz", "unknown data"),
-        ("missing.jpg", "unknown data"),
+        ("no/such/folder", "^no/such/folder is no file or folder: give an image folder, a .zip"),
+        ("missing.zip", "^missing.zip is no file or folder"),
+        ("missing.npz", "is no file or folder"),
+        ("missing.jpg", "is no file or folder"),
+        ("~nobody-of-that-name/val", "^~nobody-of-that-name/val is no file or folder"),
     ],
 )
 def test_unknown_specs(spec, reason):
     check_refused(spec, PETS, reason)
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_tree(tmp_path / "pets", {"cat/1.png": 1})
+    assert labels(load_data("~/pets", PETS)) == {"cat/1.png": 2}
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):

@@ -770,6 +770,15 @@ def test_weights_for_a_factory(tmp_path: Path, write: Write) -> None:
     assert "does not fit Net: linear.weight of integers" in check_refused(spec, tmp_path / "whole.pth")
 
 
+def test_the_home_folder_may_be_written_as_a_tilde(
+    tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    spec = Path(write("def make(): return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))"))
+    torch.save(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)).state_dict(), tmp_path / "net.pth")
+    assert str(tmp_path) in load_model(f"~/{spec.relative_to(tmp_path)}", Path("~/net.pth")).source
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [

@@ -10,6 +10,7 @@ Images stream: a data set holds ids, labels and where its images lie, and reads 
 any iterable of (x, y) is data too: batches.py.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def load_data(
     cannot be used are left out and named in `skipped`; without, they raise InputError, as do an unknown spec,
     labels outside the model's classes and anything ambiguous.
     """
+    spec = os.path.expanduser(spec)
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, not {limit}")
     kind = next((kind for kind, (accepts, _) in SOURCES.items() if accepts(spec)), None)
@@ -70,7 +72,8 @@ def load_data(
 
 
 def _unknown(spec: str) -> InputError:
-    if Path(spec).exists():
-        return InputError(f"{spec} is not data: give an image folder, a .zip of one, an .npz or an image file")
-    names = ["samples", *torchvision.SETS]
-    return unknown("data", spec, names, "(and there is no such file or folder)")
+    path = Path(spec)
+    if path.exists() or path.suffix or len(path.parts) > 1:  # no data set is called so
+        fault = "is not data" if path.exists() else "is no file or folder"
+        return InputError(f"{spec} {fault}: give an image folder, a .zip of one, an .npz or an image file")
+    return unknown("data", spec, ["samples", *torchvision.SETS], "(and there is no such file or folder)")

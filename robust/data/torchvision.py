@@ -5,6 +5,7 @@ makes.
 """
 
 import hashlib
+import os
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ def load(request: Request) -> Source:
             f"{name} is a data set of torchvision: name the folder that holds it with --data-root "
             f"(an image folder of this name is ./{name})"
         )
-    root = request.data_root.expanduser()
+    root = Path(os.path.expanduser(request.data_root))
     held = _open(entry, root)
     return _in_memory(held, entry, model) if entry.labels else _in_files(held, entry, root, model)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -34,7 +35,9 @@ def load_model(spec: str, weights: Path | None = None, input_size: int | None = 
         raise InputError(f"the input size is a number of pixels, at least 1, not {input_size}")
     from attacks.generators import put_back  # late: it imports torch
 
-    source, name = _resolve(spec)
+    # A shell leaves the ~ of --weights=~/FILE, and of what is quoted, to the program.
+    source, name = _resolve(os.path.expanduser(spec))
+    weights = None if weights is None else Path(os.path.expanduser(weights))
     with put_back():  # networks are initialised before their weights are loaded
         model = import_module(SOURCES[source]).load(name, weights, input_size)
     # A path says little in a sentence, and differs between machines: a user's network goes by its function.
