@@ -390,6 +390,7 @@ def save_in(*keys: str, prefix: str = "", **beside: Any) -> SaveAs:
         ("a.pt", save_in("state_dict", epoch=3, optimizer={"lr": 0.1})),
         ("a.bin", save_in("model")),
         ("a.pth.tar", save_in("model_state_dict")),
+        ("a.pth", save_in("net", acc=91.7, epoch=3)),
         ("a.pth", save_in("state_dict", prefix="module.", best=91.7)),
         ("a.pth", save_in(prefix="_orig_mod.")),
         ("a.ckpt", save_in("state_dict", prefix="model.", epoch=3)),
@@ -482,6 +483,10 @@ def write_unfit(kind: str, state: dict[str, Tensor], path: Path) -> None:
             path.write_bytes(path.read_bytes()[:1000])
         case "text":
             path.write_text("hello")
+        case "git-lfs":
+            path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        case "elsewhere":
+            torch.save({"student": state, "epoch": 3}, path)
         case "nothing":
             path.write_bytes(b"")
         case "folder":
@@ -509,7 +514,9 @@ def write_unfit(kind: str, state: dict[str, Tensor], path: Path) -> None:
         ("complex", ["fc.bias complex on one side only"]),
         ("empty", ["no state dict"]),
         ("truncated", ["corrupt"]),
-        ("text", ["corrupt"]),
+        ("text", ["corrupt", "begins with b'hello'"]),
+        ("git-lfs", ["corrupt or no checkpoint (it begins with b'version https://git-lfs.github.com", "download"]),
+        ("elsewhere", ["no state dict (names to tensors) but 'student', 'epoch': save"]),
         ("nothing", ["corrupt"]),
         ("folder", ["no file of weights"]),
         ("absent", ["no file of weights"]),

@@ -15,7 +15,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from robust.errors import InputError
 from robust.models.probe import describe
 
-CONTAINERS = ("state_dict", "model_state_dict", "model")  # under which training scripts keep the state dict
+CONTAINERS = ("state_dict", "model_state_dict", "model", "net")  # under which training scripts keep the state dict
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -33,14 +33,19 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
                 f"{path} needs unpickling ({wanted[1]}) and is refused, as that can run code from the file: "
                 "save the model's state_dict() with torch.save, or as .safetensors"
             ) from error
-        if "pickle protocol" in str(error) or "Unsupported operand" in str(error):
+        with path.open("rb") as file:
+            beginning = file.read(40)
+        is_pickle = beginning.startswith((b"PK", b"\x80"))
+        if is_pickle and ("pickle protocol" in str(error) or "Unsupported operand" in str(error)):
             raise InputError(
                 f"{path} cannot be read without unpickling, which is refused, as that can run code from the file: "
                 "save the model's state_dict() with torch.save and its default pickle_protocol, or as .safetensors"
             ) from error
         if "TorchScript" in str(error):
             raise InputError(f"{path} is a TorchScript program: save the model's state_dict()") from error
-        raise InputError(f"{path} is corrupt or no checkpoint: download or save it again") from error
+        # A page of a web server, or what git-lfs leaves in a file's place.
+        seen = f" (it begins with {beginning!r})" if beginning and not is_pickle else ""
+        raise InputError(f"{path} is corrupt or no checkpoint{seen}: download or save it again") from error
     for key in CONTAINERS:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             if other := _like(state, key):
@@ -54,7 +59,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         or not state
         or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
     ):
-        raise InputError(f"{path} holds no state dict (names to tensors): save the model's state_dict()")
+        others = state if isinstance(state, dict) else {}
+        listed = ", ".join([repr(key) for key, value in others.items() if not isinstance(value, Tensor)][:8])
+        besides = f" but {listed}" if listed else ""
+        raise InputError(f"{path} holds no state dict (names to tensors){besides}: save the model's state_dict()")
     if any(name.startswith("module.") for name in state):
         state.pop("n_averaged", None)  # how many weights torch's AveragedModel is the mean of
     return state
