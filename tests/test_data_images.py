@@ -280,9 +280,10 @@ def test_where_the_size_is_unknown_an_image_keeps_its_own():
 # Against torchvision
 
 
+@pytest.mark.parametrize("squash", [False, True])
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
 @pytest.mark.parametrize("size", [(300, 451), (451, 300), (256, 256), (200, 201), (256, 301), (97, 260)])
-def test_preprocessing_is_torchvisions_bit_for_bit(size, interpolation):
+def test_preprocessing_is_torchvisions_bit_for_bit(size, interpolation, squash):
     from torchvision import transforms
 
     # Smooth, for otherwise every filter clips everywhere.
@@ -290,9 +291,13 @@ def test_preprocessing_is_torchvisions_bit_for_bit(size, interpolation):
     mode = transforms.InterpolationMode[interpolation.upper()]
     for resize, crop in [(256, 224), (232, 224), (97, 97), (33, 64), (224, 225)]:
         theirs = transforms.Compose(
-            [transforms.Resize(resize, mode), transforms.CenterCrop(crop), transforms.ToTensor()]
+            [
+                transforms.Resize((resize, resize) if squash else resize, mode),
+                transforms.CenterCrop(crop),
+                transforms.ToTensor(),
+            ]
         )
-        model = model_of(input_size=(3, crop, crop), preprocess=Preprocess(resize, crop, interpolation))
+        model = model_of(input_size=(3, crop, crop), preprocess=Preprocess(resize, crop, interpolation, squash))
         assert torch.equal(pixels(image, "a", model), theirs(image)), (resize, crop)
 
 

@@ -26,12 +26,16 @@ import timm
 import torch
 import torchvision
 from PIL import Image
+from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
+from data_files import pattern
+from robust.data.images import pixels as prepared
 from robust.errors import InputError
 from robust.models import imagenet, list_models, load_model
 from robust.models.download import from_hugging_face, from_torch_hub
 from robust.models.model import Model, Preprocess, fingerprint
+from robust.models.timm import as_model
 
 SMALL = "shufflenet_v2_x0_5"  # of torchvision: 5 MB, and a linear classifier
 
@@ -562,6 +566,35 @@ def test_timm_from_the_hugging_face_cache_with_its_own_preprocessing(spec: str, 
     assert model.class_names == imagenet.class_names() and model.wnids == imagenet.wnids()
     x = pixels(model)
     assert torch.equal(logits(model.module, x), logits(net, (x - 0.5) / 0.5))
+
+
+def of_timm(**config: Any) -> nn.Module:
+    """A network that says of itself what timm's do."""
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net.num_classes, net.pretrained_cfg = 3, {"crop_pct": 0.875, "interpolation": "bicubic"} | config  # type: ignore
+    return net
+
+
+@pytest.mark.parametrize("mode", ["center", "squash"])
+def test_images_are_prepared_as_timm_does(mode: str) -> None:
+    net = of_timm(input_size=(3, 96, 96), crop_mode=mode, mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3))
+    model = as_model("net", "timm", net, None)
+    assert model.preprocess == Preprocess(109, 96, "bicubic", squash=mode == "squash")
+    image = Image.fromarray(pattern(150, 200))
+    theirs = create_transform(**resolve_data_config({}, model=net))(image)
+    assert torch.equal(model.module[0](prepared(image, "image", model)), theirs)  # type: ignore
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"input_size": (3, 96, 96), "crop_mode": "border"}, "crop mode border"),
+        ({"input_size": (3, 96, 128)}, "images of 96 x 128 pixels"),
+    ],
+)
+def test_images_that_timm_prepares_otherwise_are_refused(config: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        as_model("net", "timm", of_timm(**config), None)
 
 
 def test_timm_from_a_file_of_weights(tmp_path: Path) -> None:

@@ -69,9 +69,9 @@ def pixels(image: Image.Image, name: str, model: Model) -> Tensor:
 
 
 def resize_and_crop(image: Image.Image, name: str, preprocess: Preprocess) -> Image.Image:
-    """Shorter side to `resize`, then a centred square `crop`: bit for bit torchvision's Resize and CenterCrop."""
+    """Shorter side to `resize`, or both, then a centred `crop`: bit for bit torchvision's Resize and CenterCrop."""
     short, long = sorted(image.size)
-    new_long = int(preprocess.resize * long / short)
+    new_long = preprocess.resize if preprocess.squash else int(preprocess.resize * long / short)
     if preprocess.resize * new_long > (Image.MAX_IMAGE_PIXELS or np.inf):
         raise BadImage(name, f"is too narrow to resize ({image.width} x {image.height} pixels)")
     size = (preprocess.resize, new_long) if image.width <= image.height else (new_long, preprocess.resize)

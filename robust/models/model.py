@@ -12,12 +12,15 @@ from torch import Tensor, nn
 class Preprocess:
     """How an image file becomes the model's pixels: shorter side to `resize`, then a centred square `crop`.
 
+    With `squash`, the longer side too: nothing is cut off but what `resize` has more than `crop`.
+
     Normalisation is not here: it is the first layer of the model, so that eps keeps its unit.
     """
 
     resize: int
     crop: int
     interpolation: str = "bilinear"  # "nearest" | "bilinear" | "bicubic" | "lanczos", as Pillow names them
+    squash: bool = False
 
 
 class Normalize(nn.Module):

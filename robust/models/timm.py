@@ -45,13 +45,13 @@ def as_model(name: str, source: str, net: nn.Module, input_size: int | None) -> 
     if net.num_classes == 0:
         raise InputError(f"{name} has no classes: it is a feature extractor, not a classifier")
     config = resolve_data_config({}, model=net)
-    _, crop, width = config["input_size"]
-    if crop != width or config["crop_mode"] == "squash":
+    (_, crop, width), mode = config["input_size"], config["crop_mode"]
+    if crop != width or mode not in ("center", "squash"):
         raise InputError(
-            f"{name} takes images of {crop} x {width} {'squashed to fit' if crop == width else 'pixels'}, and only "
-            "centred squares are prepared here: wrap it in a factory and give its images as an .npz"
+            f"{name} takes images of {crop} x {width} pixels, crop mode {mode}, and only squares are prepared here, "
+            "by center or squash: wrap it in a factory and give its images as an .npz"
         )
-    preprocess = Preprocess(int(crop / config["crop_pct"]), crop, config["interpolation"])
+    preprocess = Preprocess(int(crop / config["crop_pct"]), crop, config["interpolation"], squash=mode == "squash")
     return classifier(name, source, net, config["mean"], config["std"], preprocess, input_size)
 
 
