@@ -428,7 +428,7 @@ def test_two_sets_of_weights_are_refused(key: str, average: str, prefix: str, sm
     assert all(torch.equal(loaded[f"1.{name}"], tensor) for name, tensor in state.items())
 
 
-@pytest.mark.parametrize("spec", [SMALL, "timm:test_efficientnet"])
+@pytest.mark.parametrize("spec", [SMALL, "squeezenet1_1", "timm:test_efficientnet"])
 def test_a_checkpoint_with_other_classes_makes_a_network_with_them(spec: str, tmp_path: Path) -> None:
     make = timm.create_model if spec.startswith("timm") else torchvision.models.get_model
     torch.save(trained(make(spec.removeprefix("timm:"), num_classes=7)).state_dict(), tmp_path / "a.pth")

@@ -125,15 +125,18 @@ def _is_whole(tensor: Tensor) -> bool:
 
 
 def build_with(build: Callable[[int | None], nn.Module], state: dict[str, Tensor], path: Path) -> nn.Module:
-    """`build(None)`, or `build(num_classes)` where the state's last linear layer has other classes, loaded."""
+    """`build(None)`, or `build(num_classes)` where the state's last layer has other classes, loaded.
+
+    That layer is linear, or in SqueezeNet and others a convolution.
+    """
     net = build(None)
     _unwrap(state, net)
-    linear = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Linear)]
-    if linear:
-        name, layer = linear[-1]
-        weight = state.get(f"{name}.weight")
-        if weight is not None and weight.ndim == 2 and weight.shape[0] != layer.out_features:
-            net = build(weight.shape[0])
+    layers = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    if layers:
+        name, layer = layers[-1]
+        shape, own = _shape(state.get(f"{name}.weight")), _shape(layer.weight)
+        if shape and own and shape[1:] == own[1:] and shape != own:
+            net = build(shape[0])
     load_into(net, state, path)
     return net
 
