@@ -27,6 +27,7 @@ from robust.models import imagenet
 from robust.models.classes import CIFAR10, CIFAR100, FASHION_MNIST, ClassIndex
 from robust.models.model import Preprocess
 
+IMAGENET = replace(IMAGENET_MODEL, class_names=imagenet.class_names())
 PETS = model_of(class_names=("dog", "giant panda, panda, coon bear", "cat"))
 
 
@@ -499,6 +500,17 @@ def test_one_image(tmp_path, label, y):
     assert data.size == 1
 
 
+def test_two_names_of_imagenet_are_ambiguous_and_no_others():
+    others = [
+        name
+        for label, name in enumerate(imagenet.class_names())
+        if name in imagenet.wordnet_names()[:label] + imagenet.wordnet_names()[label + 1 :]
+    ]
+    assert others == ["crane", "maillot"]
+    for label in (0, 134, 264, 474, 639, 999):
+        assert label_of(imagenet.class_names()[label], IMAGENET) == label
+
+
 def test_one_image_labelled_by_wnid(tmp_path):
     (tmp_path / "panda.jpg").write_bytes(image_bytes(pattern(300, 400), "JPEG"))
     (sample,) = load_data(str(tmp_path / "panda.jpg"), IMAGENET_MODEL, label="n02510455")
@@ -514,7 +526,9 @@ def test_one_image_labelled_by_wnid(tmp_path):
         (PETS, "3", r"label 3 is outside the model's classes, 0 \.\. 2$"),
         (PETS, "-1", r"label -1 is outside"),
         (model_of(), "panda", r"label 'panda' is no class: net has no class names, so it is a number, 0 \.\. 2"),
-        (model_of(class_names=("crane", "gull", "crane")), "crane", "names the classes 0, 2: give the number"),
+        (model_of(class_names=("crane", "gull", "crane")), "crane", r"classes 0 \(crane\), 2 \(crane\): give"),
+        (IMAGENET, "crane", r"names the classes 134 \(crane bird\), 517 \(crane\): give the number of one"),
+        (IMAGENET, "CARDIGAN", r"names the classes 264 \(Cardigan\), 474 \(cardigan\)"),
     ],
 )
 def test_one_image_with_a_label_that_is_not_clear(tmp_path, model, label, reason):

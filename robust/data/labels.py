@@ -4,8 +4,10 @@ import re
 from collections.abc import Sequence
 
 from robust.errors import InputError, unknown
+from robust.models import imagenet
 from robust.models.classes import ClassIndex, counterparts, folded
 from robust.models.model import Model
+from robust.units import format_class
 
 WNID = re.compile(r"n\d{8}", re.IGNORECASE)
 
@@ -39,8 +41,12 @@ def label_of(name: str, model: Model, option: str = "label") -> int:
     if re.fullmatch(r"-?\d+", name) and not numbered:
         raise InputError(f"{option} {name} is outside the model's classes, 0 .. {model.num_classes - 1}")
     matches = ClassIndex(model.class_names, model.wnids).find(name)
+    if model.wnids:  # to torchvision only the machine is a "crane", and a person may mean the bird
+        called = {label for label, first in enumerate(imagenet.wordnet_names()) if first == name}
+        matches = sorted(called.union(matches))
     if len(matches) > 1:
-        raise InputError(f"{option} {name!r} names the classes {_listed(matches)}: give the number of one")
+        named = [f"{label} ({format_class(label, model.class_names)})" for label in matches]
+        raise InputError(f"{option} {name!r} names the classes {_listed(named)}: give the number of one")
     if not matches and model.class_names is None:
         raise InputError(
             f"{option} {name!r} is no class: {model.name} has no class names, so it is a number, "

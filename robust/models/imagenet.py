@@ -29,6 +29,15 @@ def wnids() -> tuple[str, ...]:
     return tuple(ImageNetInfo().label_names())
 
 
+@cache
+def wordnet_names() -> tuple[str, ...]:
+    """What WordNet calls each class first, in label order: "crane" twice, the bird and the machine."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    return tuple(info.index_to_description(label).partition(",")[0] for label in range(NUM_CLASSES))
+
+
 def names_and_wnids() -> tuple[str, ...]:
     """Each class's name with its wnid for a synonym, to look classes up by either."""
     return tuple(f"{name}, {wnid}" for name, wnid in zip(class_names(), wnids(), strict=True))
