@@ -123,6 +123,7 @@ def test_list_models_names_what_can_be_loaded() -> None:
         ("torchvision:resnet50@nonsense", "known: IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"),
         ("torchvision:resnet5", "did you mean resnet50"),
         ("vgg16@IMAGENET1K_FEATURES", "unknown weights"),  # has no classifier
+        ("timm:hf-hub:someone/resnet50", "hf-hub:someone/resnet50 is none of timm's own networks: write a function"),
         ("timm:convnext_tinyy", "did you mean convnext_tiny"),
         ("timm:test_vit.nonsense", "did you mean test_vit.r160_in1k"),
         ("timm:efficientnet_b6.nonsense", "unknown weights of timm efficientnet_b6"),
@@ -555,7 +556,15 @@ def cache_for_timm(caches: Path, name: str, content: bytes) -> None:
         (folder / file).write_bytes(text)
 
 
-@pytest.mark.parametrize("spec", ["timm:test_resnet", "timm:test_resnet.r160_in1k"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "timm:test_resnet",
+        "timm:test_resnet.r160_in1k",
+        "timm:timm/test_resnet",
+        "timm:hf-hub:timm/test_resnet.r160_in1k",
+    ],
+)
 def test_timm_from_the_hugging_face_cache_with_its_own_preprocessing(spec: str, caches: Path) -> None:
     net = trained(timm.create_model("test_resnet"))
     cache_for_timm(caches, "test_resnet.r160_in1k", safetensors.torch.save(net.state_dict()))

@@ -1,5 +1,6 @@
 """timm's classifiers, by name, each with its own mean, std, input size and crop."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,16 @@ def names() -> list[str]:
 
 
 def load(name: str, weights: Path | None, input_size: int | None) -> Model:
-    """`name` is an architecture, or architecture.tag for particular weights; without a tag timm's default."""
+    """`name` is an architecture, or architecture.tag for particular weights; without a tag timm's default.
+
+    It may be written as Hugging Face has it, "hf-hub:timm/resnet50.a1_in1k".
+    """
+    name = re.sub("^(hf[-_]hub:)?timm/", "", name)
+    if "/" in name:
+        raise InputError(
+            f"{name} is none of timm's own networks: write a function file.py:FUNCTION that returns "
+            "timm.create_model('hf-hub:OWNER/NAME', pretrained=True) behind its normalisation"
+        )
     arch, _, tag = name.partition(".")
     if not timm.is_model(arch):
         raise unknown("timm model", arch, names())
