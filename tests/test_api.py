@@ -393,7 +393,7 @@ def test_wrong_arguments_are_refused_in_one_line(model, data, changes, message):
         ({"attacks": ["noise"], "steps": 3}, r"steps means nothing to noise: .* \(see attacks\.takes\)$"),
         ({"attacks": ["autoattack"], "eot": 2}, "in a run with eot name its parts"),
         ({"output": "{old}"}, "already holds a run: continue it with resume=True, or name another output$"),
-        ({"model": "resnet-50"}, r"\(--list-models lists all; a file of weights goes to weights\)$"),
+        ({"model": "resnet-50"}, r"\(--list-models lists all classifiers; a file of weights goes to weights\)$"),
     ],
 )
 def test_errors_call_options_as_python_does(model, data, tmp_path, changes, message):

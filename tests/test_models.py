@@ -122,6 +122,8 @@ def test_list_models_names_what_can_be_loaded() -> None:
         ("resnet50@IMAGENET1K_V3", "did you mean IMAGENET1K_V2 or IMAGENET1K_V1"),
         ("torchvision:resnet50@nonsense", "known: IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"),
         ("torchvision:resnet5", "did you mean resnet50"),
+        ("fcn_resnet50", "--list-models lists all classifiers"),  # which it is none of
+        ("torchvision:fcn_resnet50", "unknown torchvision classifier"),
         ("vgg16@IMAGENET1K_FEATURES", "unknown weights"),  # has no classifier
         ("timm:hf-hub:someone/resnet50", "hf-hub:someone/resnet50 is none of timm's own networks: write a function"),
         ("timm:convnext_tinyy", "did you mean convnext_tiny"),
@@ -139,6 +141,11 @@ def test_unknown_names_are_refused_with_the_nearest_known(spec: str, says: str) 
 @pytest.mark.parametrize("side", [0, -1])
 def test_an_impossible_input_size_is_refused(side: int) -> None:
     assert f"not {side}" in check_refused("efficientnet_lite0", None, side)
+
+
+def test_an_input_size_that_no_memory_holds_is_refused() -> None:
+    message = check_refused("efficientnet_lite0", None, 10**8)
+    assert message.startswith("the model fails on 3x100000000x100000000 images: RuntimeError")
 
 
 def test_loading_leaves_the_random_numbers_as_they_were() -> None:

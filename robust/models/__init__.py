@@ -63,4 +63,5 @@ def _resolve(spec: str) -> tuple[str, str]:
     known = [
         name if source in BARE else f"{source}:{name}" for source, names in list_models().items() for name in names
     ]
-    raise unknown("model", spec, known, hint="(--list-models lists all; a file of weights goes to --weights)")
+    hint = "(--list-models lists all classifiers; a file of weights goes to --weights)"
+    raise unknown("model", spec, known, hint)

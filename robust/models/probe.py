@@ -26,14 +26,12 @@ def count_classes(module: nn.Module, size: Size) -> int:
     InputError where it raises, or gives anything but finite (2, classes) logits for two classes or more.
     """
     check_parameters(module)
-    seeded = torch.Generator().manual_seed(0)
-    x = torch.rand(2, *size, generator=seeded, device="cpu", dtype=torch.float32).to(device_of(module))
     try:
         with torch.no_grad(), put_back():  # the network may be random
-            logits = module(x)
+            logits = module(_noise(module, size))
         fault = _fault(logits)
     except Exception as error:  # a user's network may raise anything
-        if dtype := _other_dtype(module, x):
+        if dtype := _other_dtype(module, size):
             raise _NoClassifier(
                 f"the model's weights are {dtype} and it fails on images, which are float32; call .float() on it, or "
                 f"let its forward begin with x = x.to(torch.{dtype})"
@@ -49,14 +47,20 @@ def count_classes(module: nn.Module, size: Size) -> int:
     return logits.shape[1]
 
 
-def _other_dtype(module: nn.Module, x: Tensor) -> str | None:
-    """That of the module's weights, where it takes images x of that dtype; None where they are float32 as x is."""
-    dtype = next((each.dtype for each in module.parameters() if each.is_floating_point()), x.dtype)
-    if dtype == x.dtype:
+def _noise(module: nn.Module, size: Size) -> Tensor:
+    """Two images of noise, where the module is."""
+    seeded = torch.Generator().manual_seed(0)
+    return torch.rand(2, *size, generator=seeded, device="cpu", dtype=torch.float32).to(device_of(module))
+
+
+def _other_dtype(module: nn.Module, size: Size) -> str | None:
+    """That of the module's weights, where it takes images of that dtype; None where they are float32 as images are."""
+    dtype = next((each.dtype for each in module.parameters() if each.is_floating_point()), torch.float32)
+    if dtype == torch.float32:
         return None
     try:
         with torch.no_grad(), put_back():
-            module(x.to(dtype))
+            module(_noise(module, size).to(dtype))
     except Exception:  # then it is not that, or not that alone
         return None
     return str(dtype).removeprefix("torch.")

@@ -28,7 +28,7 @@ def load(name: str, weights: Path | None, input_size: int | None) -> Model:
     """
     arch, _, wanted = name.partition("@")
     if arch not in names():
-        raise unknown("torchvision model", arch, names())
+        raise unknown("torchvision classifier", arch, names())
     entries = {
         key: entry
         for key, entry in torchvision.models.get_model_weights(arch).__members__.items()
