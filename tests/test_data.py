@@ -511,6 +511,13 @@ def test_two_names_of_imagenet_are_ambiguous_and_no_others():
         assert label_of(imagenet.class_names()[label], IMAGENET) == label
 
 
+@pytest.mark.parametrize("skip_bad_images", [False, True])
+def test_one_image_that_cannot_be_used(tmp_path, skip_bad_images):
+    (tmp_path / "panda.png").write_bytes(b"no image")
+    options = {"label": "panda", "skip_bad_images": skip_bad_images}
+    check_refused(tmp_path / "panda.png", PETS, "is not an image; mend it, or give another image$", **options)
+
+
 def test_one_image_labelled_by_wnid(tmp_path):
     (tmp_path / "panda.jpg").write_bytes(image_bytes(pattern(300, 400), "JPEG"))
     (sample,) = load_data(str(tmp_path / "panda.jpg"), IMAGENET_MODEL, label="n02510455")

@@ -25,7 +25,8 @@ class BadImage(InputError):
     """One image cannot be used; with --skip-bad-images the run goes on without it."""
 
     def __init__(self, name: str, reason: str):
-        super().__init__(f"{name} {reason}; mend or remove it, or leave it out with --skip-bad-images")
+        self.fault = f"{name} {reason}"
+        super().__init__(f"{self.fault}; mend or remove it, or leave it out with --skip-bad-images")
 
 
 def is_image_name(name: str) -> bool:
