@@ -22,21 +22,21 @@ from reports import REPORTS, write_reports
 from reports.answer import answer
 from robust.data import load_data
 from robust.data.batches import from_batches
-from robust.data.images import size_text
 from robust.data.sample import Dataset, Sample
 from robust.device import pick_device, share_of_cores
 from robust.environment import environment, now
 from robust.errors import InputError
 from robust.harness import Listener, evaluate
-from robust.models import imagenet, load_model
-from robust.models.model import Model, fingerprint
-from robust.models.prepare import frozen, in_training
-from robust.models.probe import check_parameters, count_classes, describe, device_of
+from robust.models import load_model, memory
+from robust.models.model import Model
+from robust.models.probe import device_of
 from robust.models.scratch import from_scratch
+from robust.models.surrogate import check_surrogate, load_surrogate, wrap_surrogate
 from robust.options import Options, default_attacks, parse_eps, parse_names, parse_number, whole
 from robust.plan import check_options, make_plan
 from robust.precision import undisturbed
 from robust.store import FILENAME, Busy, Finding, Store, differences, holds_run, require_no_files
+from robust.units import format_size
 
 # Options of the command line that are no parameters of `run` by their own names.
 _IN_PYTHON = {
@@ -233,11 +233,10 @@ def run(
             _check_size(model, first)
     if isinstance(model, nn.Module):
         first, dataset = _peek(dataset)
-        model = _wrap(model, first, class_names)
+        model = memory.wrap(model, first.shape, class_names)
     if isinstance(surrogate, nn.Module):
         first, dataset = _peek(dataset)
-        _check_reads(surrogate, type(surrogate).__name__, first.x.shape)
-        surrogate = _wrap(surrogate, first, None)
+        surrogate = wrap_surrogate(surrogate, first.shape)
     elif isinstance(surrogate, str):
         surrogate = load_surrogate(surrogate, input_size)
     done = execute(model, dataset, options, Path(output) if output else None, resume, surrogate=surrogate)
@@ -269,12 +268,12 @@ def execute(
     InputError where `output` holds a run that is not to be resumed, or that differs in model, data or options.
     """
     first, data = _peek(data)
-    options = options.suited_to(first.x.shape, str(pick_device(options.device)))
+    options = options.suited_to(first.shape, str(pick_device(options.device)))
     class_names = model.class_names or data.class_names
     if options.conv == "scratch":
         model = from_scratch(model, first.x.unsqueeze(0), pick_device(options.device))
     if surrogate is not None:
-        _check_surrogate(surrogate, first.x.shape)
+        check_surrogate(surrogate, first.shape)
     planned = make_plan(options, model, class_names, surrogate)
     identity = {
         "model": {
@@ -282,7 +281,7 @@ def execute(
             "source": model.source,
             "fingerprint": model.fingerprint,
             "num_classes": model.num_classes,
-            "input_size": list(first.x.shape),
+            "input_size": list(first.shape),
         },
         **({} if surrogate is None else {"surrogate": {"name": surrogate.name, "fingerprint": surrogate.fingerprint}}),
         **({} if planned.target is None else {"target": {"index": planned.target}}),
@@ -312,16 +311,6 @@ def execute(
         raise
     store.set(finished=now())
     return Run(store)
-
-
-def load_surrogate(spec: str, input_size: int | None) -> Model:
-    """The network that attack transfer crafts on, at the model's own input size if that is one to choose; errors say
-    that it is not the model.
-    """
-    try:
-        return load_model(spec, None, input_size)
-    except InputError as error:
-        raise InputError(f"the surrogate {spec}: {error}") from None
 
 
 def _open_store(output: Path | None, resume: bool, identity: dict[str, Any], details: dict[str, Any]) -> Store:
@@ -355,11 +344,10 @@ def _peek(data: Dataset) -> tuple[Sample, Dataset]:
 
 def _check_size(model: Model, first: Sample) -> None:
     """InputError where a model by its spec takes other images: another size it might read, and see less in it."""
-    shape = tuple(first.x.shape)
-    if model.input_size is not None and shape != model.input_size:
+    if model.input_size is not None and first.shape != model.input_size:
         raise InputError(
-            f"the images are {size_text(shape)}, and {model.name} takes {size_text(model.input_size)}: prepare them at "
-            "that size, or name another by input_size"
+            f"the images are {format_size(first.shape)}, and {model.name} takes {format_size(model.input_size)}: "
+            "prepare them at that size, or name another by input_size"
         )
 
 
@@ -375,60 +363,6 @@ class _ReadOnce:
 
     def __iter__(self) -> Iterator[Sample]:
         return self.samples
-
-
-def _wrap(module: nn.Module, first: Sample, class_names: Sequence[str] | None) -> Model:
-    """A user's module as a Model; its first output says how many classes it has."""
-    channels, height, width = first.x.shape
-    check_parameters(module)
-    with frozen(module):
-        num_classes = count_classes(module, (channels, height, width))
-    names = None if class_names is None else tuple(class_names) if isinstance(class_names, Iterable) else (class_names,)
-    if names and not all(isinstance(name, str) for name in names):
-        raise InputError(f"class_names must be {num_classes} strings, in label order")
-    if names is not None and len(names) != num_classes:
-        raise InputError(f"class_names has {len(names)} names and the model {num_classes} classes")
-    return Model(
-        name=type(module).__name__,
-        source="a module in memory",
-        module=module,
-        num_classes=num_classes,
-        class_names=None if names is None else tuple(map(str, names)),  # numpy's strings are no JSON
-        wnids=imagenet.wnids_of(num_classes, names),
-        fingerprint=fingerprint(module),
-        was_training=in_training(module),
-    )
-
-
-def _check_surrogate(surrogate: Model, shape: torch.Size) -> None:
-    """InputError where the surrogate takes other images than the model's, which are of this shape (C, H, W)."""
-    if surrogate.input_size is not None and shape != surrogate.input_size:
-        raise InputError(
-            f"the surrogate {surrogate.name} takes {size_text(surrogate.input_size)} and the model's images are "
-            f"{size_text(shape)}: name one of the same input size, or one for both by --input-size"
-        )
-    _check_reads(surrogate.module, surrogate.name, shape)
-
-
-def _check_reads(surrogate: nn.Module, name: str, shape: torch.Size) -> None:
-    """InputError where the surrogate cannot read images of this shape (C, H, W), or gives no gradient at them."""
-    with frozen(surrogate):
-        try:
-            channels, height, width = shape
-            count_classes(surrogate, (channels, height, width))
-        except InputError:
-            size = " x ".join(map(str, shape))
-            raise InputError(
-                f"the surrogate {name} cannot read the model's images of {size}; name one of the same input size"
-            ) from None
-        try:
-            with put_back(), torch.enable_grad():
-                x = torch.rand(2, *shape, device=device_of(surrogate)).requires_grad_()
-                passes = surrogate(x).requires_grad
-        except Exception as error:  # a user's network may raise anything
-            raise InputError(f"the surrogate {name} fails where gradients are asked for: {describe(error)}") from error
-    if not passes:
-        raise InputError(f"the surrogate {name} passes no gradient to its input; name one that does")
 
 
 def _listed(names: Sequence[str] | str) -> Sequence[str]:

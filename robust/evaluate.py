@@ -172,10 +172,11 @@ def evaluate(
     with _resumable(output, command):
         from reports import write_reports
         from reports.terminal import plain_lines, summary_table
-        from robust.api import execute, load_surrogate
+        from robust.api import execute
         from robust.data import load_data
         from robust.data.names import one_line
         from robust.models import load_model
+        from robust.models.surrogate import load_surrogate
         from robust.plan import check_options
         from robust.progress import Meter
 

@@ -72,6 +72,11 @@ def format_class(label: int, class_names: Sequence[str] | None) -> str:
     return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
 
 
+def format_size(size: Sequence[int]) -> str:
+    """That of an image, (C, H, W): '3 x 224 x 224 (channels, height, width)'."""
+    return f"{' x '.join(map(str, size))} (channels, height, width)"
+
+
 def _percentage(part: float, whole: float = 1) -> str:
     if part == 0:
         return "0"

@@ -401,7 +401,7 @@ def test_transfer_needs_a_surrogate_of_the_same_classes_and_size(model, data):
         robust.run(model, data, attacks=["transfer"], eps=0.02, surrogate="resnet5")
     with pytest.raises(InputError, match="has 3 classes and the model 5"):
         robust.run(model, data, attacks=["transfer"], eps=0.02, surrogate=conv_net(classes=3))
-    with pytest.raises(InputError, match="cannot read the model's images of 3 x 12 x 12"):
+    with pytest.raises(InputError, match="cannot read the model's images, 3 x 12 x 12"):
         robust.run(model, data, attacks=["transfer"], eps=0.02, surrogate=nn.Sequential(nn.Flatten(), nn.Linear(7, 5)))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from robust.errors import InputError
 from robust.models.model import Model, Preprocess
+from robust.units import format_size
 
 # Pillow is held to these formats, whatever a file's name says: some of the others run outside programs.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -63,7 +64,7 @@ def pixels(image: Image.Image, name: str, model: Model) -> Tensor:
     x = values[None] if values.ndim == 2 else values.permute(2, 0, 1).contiguous()
     if model.input_size not in (None, tuple(x.shape)):
         raise InputError(
-            f"{name} is {size_text(x.shape)} and {model.name} takes {size_text(model.input_size)}: "
+            f"{name} is {format_size(x.shape)} and {model.name} takes {format_size(model.input_size)}: "
             "resize the images, or name the model's size with --input-size"
         )
     return x.float().div(255)
@@ -81,11 +82,6 @@ def resize_and_crop(image: Image.Image, name: str, preprocess: Preprocess) -> Im
     left, top = (_centre(length, preprocess.crop) for length in image.size)
     # Pillow fills what lies outside the image with zeros, as torchvision's padding does.
     return image.crop((left, top, left + preprocess.crop, top + preprocess.crop))
-
-
-def size_text(shape: tuple[int, ...] | torch.Size | None) -> str:
-    """(C, H, W) for a message: '3 x 224 x 224 (channels, height, width)'."""
-    return f"{' x '.join(map(str, shape or ()))} (channels, height, width)"
 
 
 def _centre(length: int, crop: int) -> int:

@@ -15,11 +15,11 @@ from zipfile import BadZipFile, ZipFile
 import numpy as np
 from torch import Tensor
 
-from robust.data.images import size_text
 from robust.data.source import Request, Source, float32, require_pixels, row_ids
 from robust.data.zips import open_zip
 from robust.errors import InputError
 from robust.models.model import Model
+from robust.units import format_size
 
 
 def accepts(spec: str) -> bool:
@@ -94,8 +94,8 @@ def _check(x: _Array, y: _Array, path: Path, model: Model) -> None:
         raise InputError(f"{found}, so it has {shape[0]} channels: {layout}; or name the size with --input-size")
     if model.input_size not in (None, shape):
         raise InputError(
-            f"{found}, so its images are {size_text(shape)}, and {model.name} takes "
-            f"{size_text(model.input_size)}: {layout}, at the model's size; or name that with --input-size"
+            f"{found}, so its images are {format_size(shape)}, and {model.name} takes "
+            f"{format_size(model.input_size)}: {layout}, at the model's size; or name that with --input-size"
         )
 
 

@@ -16,6 +16,12 @@ class Sample:
     y: int  # ground truth, an index into the model's classes
     sha256: str  # of the source's bytes: the file, or the array's row, before any resizing
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        channels, height, width = self.x.shape
+        return channels, height, width
+
 
 @runtime_checkable
 class Dataset(Protocol):

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robust.data.images import BadImage, size_text
+from robust.data.images import BadImage
 from robust.data.names import errors_on_one_line, one_line, sample_id
 from robust.data.sample import Sample
 from robust.errors import InputError
 from robust.models.model import Model
+from robust.units import format_size
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,9 @@ def require_pixels(x: Tensor, name: str) -> None:
 
 
 def require_same_size(sample: Sample, first: Sample) -> None:
-    if sample.x.shape != first.x.shape:
+    if sample.shape != first.shape:
         raise InputError(
-            f"{sample.id} is {size_text(sample.x.shape)} and {first.id} is {size_text(first.x.shape)}: "
+            f"{sample.id} is {format_size(sample.shape)} and {first.id} is {format_size(first.shape)}: "
             "give images of one size, or name the model's with --input-size"
         )
 
