@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -95,7 +96,7 @@ class Run:
     @_in_python()
     def write(self, output: str | Path) -> Path:
         """Write the run directory, store and all reports, to `output`, and return it."""
-        output = Path(output)
+        output = _at_home(output)
         require_no_files(output, REPORTS)
         self.store.copy_to(output / FILENAME)
         write_reports(self.store, output)
@@ -239,16 +240,17 @@ def run(
         surrogate = wrap_surrogate(surrogate, first.shape)
     elif isinstance(surrogate, str):
         surrogate = load_surrogate(surrogate, input_size)
-    done = execute(model, dataset, options, Path(output) if output else None, resume, surrogate=surrogate)
-    if output is not None:
-        write_reports(done.store, Path(output))
+    folder = None if output is None else _at_home(output)
+    done = execute(model, dataset, options, folder, resume, surrogate=surrogate)
+    if folder is not None:
+        write_reports(done.store, folder)
     return done
 
 
 @_in_python()
 def load(folder: str | Path) -> Run:
     """The run in `folder`, with its tables; `write(folder)` makes its reports anew. InputError where there is none."""
-    return Run(Store.open(Path(folder)))
+    return Run(Store.open(_at_home(folder)))
 
 
 @undisturbed()  # by what a model's file has set
@@ -363,6 +365,11 @@ class _ReadOnce:
 
     def __iter__(self) -> Iterator[Sample]:
         return self.samples
+
+
+def _at_home(path: str | Path) -> Path:
+    """The path, which may begin with ~."""
+    return Path(os.path.expanduser(path))
 
 
 def _listed(names: Sequence[str] | str) -> Sequence[str]:

@@ -69,6 +69,7 @@ def main(command: Callable[..., Any]) -> NoReturn:
             stream.reconfigure(errors="replace")
     if empty := next((option for option, value in pairwise(sys.argv) if option[:2] == "--" and value == ""), None):
         _fail(f"{empty} is empty: give it a value, or leave it out")  # a path would be the folder that one is in
+    sys.argv[1:] = map(_at_home, sys.argv[1:])
     try:
         # Typer prints usage errors in a box of many lines; ours are one line, as all others.
         sys.exit(_run(app))
@@ -90,6 +91,12 @@ def main(command: Callable[..., Any]) -> NoReturn:
         if usage is None:
             _fault()
         _fail(f"{usage()} (see --help)")
+
+
+def _at_home(argument: str) -> str:
+    """With a ~ that the shell has left, as in --output=~/runs: else a folder would be made that is called so."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return option + equals + os.path.expanduser(value)
 
 
 def _wait_briefly() -> None:

@@ -67,6 +67,13 @@ def test_foolbox_minimal_attack_in_the_tables_and_pictures(model, data):
         assert np.abs(picture.x_adv - picture.x).max() <= picture.eps + TOLERANCE
 
 
+def test_an_output_may_begin_with_a_tilde(model, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = robust.run(model, data, attacks="noise", eps=0.1, output="~/run")
+    assert (tmp_path / "run" / "report.html").exists() and robust.load("~/run").summary.equals(run.summary)
+    assert run.write("~/copy") == tmp_path / "copy"
+
+
 def test_a_finished_run_is_loaded_and_written_anew(model, data, tmp_path):
     run = robust.run(model, data, attacks=["fgsm"], eps=0.02, output=tmp_path / "run")
     summary = (tmp_path / "run" / "summary.csv").read_bytes()

@@ -216,6 +216,12 @@ def test_an_empty_path_is_refused(here, capsys):
     assert (code, err) == (2, "error: --markdown is empty: give it a value, or leave it out\n")
 
 
+def test_a_tilde_that_the_shell_has_left_is_the_home_folder(here, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    assert run("'~/before' same --quiet --markdown=~/a.md", capsys)[0] == 0
+    assert (here / "a.md").exists() and not (here / "~").exists()
+
+
 def test_update_never_replaces_what_it_cannot_compare(here, capsys):
     run("--update before", capsys)
     kept = (here / "robustness-baseline.json").read_bytes()
