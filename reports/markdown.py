@@ -16,14 +16,15 @@ ID_LENGTH = 80
 _MARKUP = re.compile(r"[\\`*_{}\[\]<>&|~@#$!^]|^[-=+\"']|:(?=\S)|(?<=www)\.", re.IGNORECASE)
 
 
-def write_markdown(comparison: Comparison, path: Path) -> None:
+def write_markdown(comparison: Comparison, path: Path, title: str = "Robustness") -> None:
     """The outcome, its causes, a row of the table for every accuracy, and the first images that fell."""
-    write_text(path, "\n".join(_lines(comparison)) + "\n")
+    verdict, _, said = comparison.answer.partition(": ")
+    write_text(path, "\n".join([f"### {inert(title)}: {verdict}", *_lines(comparison, said)]) + "\n")
 
 
-def write_reason(reason: str, path: Path) -> None:
+def write_reason(reason: str, path: Path, title: str = "Robustness") -> None:
     """Why there is no comparison."""
-    write_text(path, f"### Robustness: cannot be compared\n\n{inert(reason)}\n")
+    write_text(path, f"### {inert(title)}: cannot be compared\n\n{inert(reason)}\n")
 
 
 def inert(text: str) -> str:
@@ -31,9 +32,7 @@ def inert(text: str) -> str:
     return _MARKUP.sub(lambda match: f"&#{ord(match[0])};", visible(text))
 
 
-def _lines(comparison: Comparison) -> Iterator[str]:
-    verdict, _, said = comparison.answer.partition(": ")
-    yield f"### Robustness: {verdict}"
+def _lines(comparison: Comparison, said: str) -> Iterator[str]:
     yield ""
     yield f"**{inert(said)}**"
     yield ""

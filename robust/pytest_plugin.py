@@ -39,6 +39,7 @@ IDS_SHOWN = 10
 
 _RULES = ("min_accuracy", "min_clean_accuracy", "max_drop", "significant")
 _REPORTS = ("report.html", "report.json", "samples.csv", "summary.csv")  # drawing the figures takes seconds
+_MARKDOWN = "compare.md"
 _NODE_ID = pytest.StashKey[str]()
 _CHECKS = pytest.StashKey[list[dict[str, str]]]()
 
@@ -97,6 +98,21 @@ class Robustness:
 
     def _check(self, model: Any, data: Any, name: str | None, given: Mapping[str, Any]) -> tuple[Run, str]:
         """The run, and why the test fails; "" where it passes."""
+        key = self._key(name)
+        folder = self._reports / _folder_name(key)
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier session, whose verdict it holds
+        try:
+            return self._judge(model, data, name, key, folder, given)
+        except InputError as error:
+            if self._config.getoption("robust_baseline") is not None:
+                from reports.markdown import write_reason
+
+                write_reason(str(error), folder / _MARKDOWN, _title(key))
+            raise
+
+    def _judge(
+        self, model: Any, data: Any, name: str | None, key: str, folder: Path, given: Mapping[str, Any]
+    ) -> tuple[Run, str]:
         from reports import REPORTS
         from robust import baseline, gate
         from robust.api import run
@@ -105,7 +121,6 @@ class Robustness:
         settings = self._defaults() | {option: value for option, value in given.items() if value is not None}
         rules = _rules(settings)
         options = _run_options(settings)
-        key = self._key(name)
         file, update = self._config.getoption("robust_baseline"), self._config.getoption("robust_update")
         if file is None and rules.min_robust_accuracy is None and rules.min_clean_accuracy is None:
             raise InputError(
@@ -121,8 +136,6 @@ class Robustness:
         self._runs.append(done)
         if failed := done.store.details.get("failed_attacks"):
             raise InputError("; ".join(failed.values()))
-        folder = self._reports / _folder_name(key)
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier session
         done.store.copy_to(folder / FILENAME)
         for report in _REPORTS:
             REPORTS[report](done.store, folder)
@@ -147,7 +160,7 @@ class Robustness:
         report_path = shown / "report.html"
         if before is not None:
             report_path = shown / "compare.html"
-            _write_comparison(comparison, folder)
+            _write_comparison(comparison, folder, key)
         passed = comparison.passed
         if update and passed:
             baseline.write_baseline(current, folder / baseline.BASELINE)
@@ -371,12 +384,17 @@ def _difference(before: Verdicts | None, current: Verdicts) -> str:
         return str(error)
 
 
-def _write_comparison(comparison: Comparison, folder: Path) -> None:
+def _write_comparison(comparison: Comparison, folder: Path, key: str) -> None:
     from reports.comparehtml import write_page
     from reports.markdown import write_markdown
 
     write_page(comparison, folder, folder / "compare.html")
-    write_markdown(comparison, folder / "compare.md")
+    write_markdown(comparison, folder / _MARKDOWN, _title(key))
+
+
+def _title(key: str) -> str:
+    """Of one check among those whose Markdown is read together."""
+    return f"Robustness of {key}"
 
 
 def _explain(comparison: Comparison, compared: bool, folder: Path, file: str | None) -> Iterator[str]:

@@ -5,6 +5,7 @@ The network tells images brighter than 0.5 + SHIFT from the others, and the 40 i
 withstand eps 0.1025, and with SHIFT=0.05, where the first 10 are wrong unchanged, 10 do.
 """
 
+import html
 import json
 import re
 import tomllib
@@ -230,6 +231,24 @@ def test_another_eps_cannot_be_compared_and_an_update_replaces_it(suite):
     )
     suite(changed, *UPDATE).stdout.fnmatch_lines([f"recorded {KEY}: this run cannot be compared with b.json*"])
     suite(changed, *BASELINE).assert_outcomes(passed=1)
+
+
+def test_each_check_has_markdown_that_names_it_and_none_keeps_an_earlier_verdict(suite, pytester):
+    two = ONE_TEST + '        robustness.check(model, data, attack="fgsm", eps=0.1, name="second")\n'
+
+    def heads():
+        pages = (pytester.path / "out").glob("*/compare.md")
+        return {html.unescape(page.read_text().splitlines()[0]) for page in pages}
+
+    suite(two, *UPDATE).assert_outcomes(passed=1)
+    suite(two, *BASELINE).assert_outcomes(passed=1)
+    assert heads() == {f"### Robustness of {KEY}: PASS", f"### Robustness of {KEY} [second]: PASS"}
+    unlike = {f"### Robustness of {KEY}: cannot be compared", f"### Robustness of {KEY} [second]: PASS"}
+    suite(ONE_TEST, "--robust-baseline", "other.json").assert_outcomes(failed=1)
+    assert heads() == unlike
+    suite(two, *BASELINE).assert_outcomes(passed=1)
+    suite(ONE_TEST.replace("0.1025", "0.0525"), *BASELINE).assert_outcomes(failed=1)
+    assert heads() == unlike
 
 
 def test_a_least_accuracy_holds_at_an_eps_that_the_baseline_lacks(suite):
