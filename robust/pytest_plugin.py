@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from robust.errors import InputError, unknown
-from robust.files import write_text
+from robust.files import check_writable, write_text
 from robust.text import visible
 
 if TYPE_CHECKING:
@@ -236,14 +236,11 @@ def pytest_configure(config: pytest.Config) -> None:
         "robustness(**defaults): keywords of robustness.check, for all checks of the test. Tests with the fixture "
         'have the mark without asking: -m "not robustness" leaves them out.',
     )
-    file, update = config.getoption("robust_baseline"), config.getoption("robust_update")
-    if update and file is None:
-        raise pytest.UsageError("--robust-update needs to know which file: add --robust-baseline FILE")
-    if file is not None:
-        try:
-            _sections(file, config)
-        except InputError as error:
-            raise pytest.UsageError(str(error)) from None
+    file = config.getoption("robust_baseline")
+    try:
+        _check_files(file, config)
+    except InputError as error:
+        raise pytest.UsageError(str(error)) from None
     if not hasattr(config, "workerinput"):  # a worker of pytest-xdist, whose checks come to the controller in reports
         config.pluginmanager.register(_Session(file, config), "robust-session")
 
@@ -335,6 +332,21 @@ def _shown(path: Path, config: pytest.Config) -> Path:
     """As it is named from there."""
     called = config.invocation_params.dir
     return path.relative_to(called) if path.is_relative_to(called) else path
+
+
+def _check_files(file: str | None, config: pytest.Config) -> None:
+    """InputError where the baseline cannot be read, or something not be written: now, and not after the attacks."""
+    update, folder = config.getoption("robust_update"), config.getoption("robust_reports")
+    if update and file is None:
+        raise InputError("--robust-update needs to know which file: add --robust-baseline FILE")
+    if file is not None:
+        _sections(file, config)
+    for path in (file if update else None, folder and f"{folder}/compare.html"):
+        try:
+            if path:
+                check_writable(_placed(path, config))
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror or error}; name another file or folder") from None
 
 
 def _sections(file: str, config: pytest.Config) -> dict[str, Any]:

@@ -7,6 +7,7 @@ withstand eps 0.1025, and with SHIFT=0.05, where the first 10 are wrong unchange
 
 import html
 import json
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -403,6 +404,18 @@ def test_bad_options_and_files_stop_at_the_start(suite, pytester, content, argum
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     (line,) = [line for line in result.errlines if line]
     assert line.startswith(f"ERROR: {message}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path"), [(UPDATE, "b.json"), (["--robust-reports", "locked/out"], "locked/out/compare.html")]
+)
+def test_what_cannot_be_written_is_said_before_the_attacks(suite, pytester, monkeypatch, arguments, path):
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != pytester.path and access(path, mode))
+    result = suite("    raise AssertionError\n", *arguments)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    (line,) = [line for line in result.errlines if line]
+    assert line == f"ERROR: cannot write {path}: Permission denied; name another file or folder"
 
 
 def test_a_section_that_was_edited(suite, pytester):
