@@ -128,8 +128,10 @@ class Robustness:
             )
         section = None if file is None else _sections(file, self._config).get(key)
         if file is not None and section is None and not update:
+            placed = _placed(file, self._config)
+            found = f"{file} has" if placed.exists() else f"there is no file {placed}, so"
             raise InputError(
-                f"{file} has no baseline for {key}: record it with pytest --robust-baseline {file} --robust-update"
+                f"{found} no baseline for {key}: record it with pytest --robust-baseline {file} --robust-update"
             )
 
         done = run(model, data, **options)
@@ -352,12 +354,12 @@ def _check_files(file: str | None, config: pytest.Config) -> None:
 def _sections(file: str, config: pytest.Config) -> dict[str, Any]:
     """The baselines in the file: check -> what `robust.baseline.write_baseline` writes. {} where there is no file."""
     try:
-        document = json.loads(_placed(file, config).read_text("utf-8"))
+        document = json.loads(_placed(file, config).read_text("utf-8-sig"))
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is truncated or damaged, no JSON ({error}); restore it") from None
     checks = document.get("checks") if isinstance(document, dict) else None
     if not isinstance(checks, dict):

@@ -180,7 +180,8 @@ def test_an_attack_that_fails_is_no_pass(suite, monkeypatch):
 def test_from_the_first_baseline_to_an_accepted_fall(suite, pytester, monkeypatch):
     result = suite(ONE_TEST, *BASELINE)
     record = "pytest --robust-baseline b.json --robust-update"
-    assert failure(result) == [f"Failed: robustness.check: b.json has no baseline for {KEY}: record it with {record}"]
+    missing = f"there is no file {pytester.path / 'b.json'}, so no baseline for {KEY}"
+    assert failure(result) == [f"Failed: robustness.check: {missing}: record it with {record}"]
     result = suite(ONE_TEST, *UPDATE)
     result.stdout.fnmatch_lines([f"recorded {KEY}: new, 40 images; out*report.html", "wrote 1 of the checks to b.json"])
     suite(ONE_TEST, *BASELINE).assert_outcomes(passed=1)
@@ -298,6 +299,15 @@ def test_each_check_has_a_section_and_workers_write_the_same_file(suite, pyteste
     assert (pytester.path / "b.json").read_bytes() == written
 
 
+def test_a_check_that_the_file_lacks_and_the_mark_that_some_editors_put_before_it(suite, pytester):
+    suite(ONE_TEST, *UPDATE).assert_outcomes(passed=1)
+    path = pytester.path / "b.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    suite(ONE_TEST, *BASELINE).assert_outcomes(passed=1)
+    (said,) = failure(suite(ONE_TEST.replace("test_robust", "test_new"), *BASELINE))
+    assert said.startswith("Failed: robustness.check: b.json has no baseline for test_net.py::test_new: record it with")
+
+
 def test_an_update_of_some_keeps_the_others(suite, pytester, monkeypatch):
     suite(MANY, "-p", "xdist", *UPDATE)
     before = sections(pytester)
@@ -392,6 +402,7 @@ def test_a_mark_with_positional_arguments(suite):
     [
         (None, ["--robust-update"], "--robust-update needs to know which file: add --robust-baseline FILE"),
         ('{"checks": {', BASELINE, "b.json is truncated or damaged, no JSON"),
+        ("[" * 100_000, BASELINE, "b.json is truncated or damaged, no JSON"),
         ("[]", UPDATE, "b.json was not written by pytest --robust-update"),
         ('{"schema_version": 1}', BASELINE, "b.json was not written by pytest --robust-update"),
         (None, ["--robust-baseline", "."], ". cannot be read: Is a directory"),
