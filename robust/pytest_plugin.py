@@ -142,7 +142,7 @@ class Robustness:
         for report in _REPORTS:
             REPORTS[report](done.store, folder)
         current = baseline.from_store(done.store)
-        said = "; ".join(_doubts(done))
+        said = list(_doubts(done))
         before, damage = None, ""
         if section is not None:
             try:
@@ -152,7 +152,8 @@ class Robustness:
                     raise
                 damage = str(error)
         if update:
-            said, before = damage or _difference(before, current), None
+            said.insert(0, damage or _difference(before, current))
+            before = None
         # Without a baseline the run is held against itself: nothing fell, and the least accuracies remain.
         try:
             comparison = gate.compare(before or current, current, rules)
@@ -175,7 +176,7 @@ class Robustness:
             {
                 "key": key,
                 "outcome": ("recorded" if update else "passed") if passed else "failed",
-                "said": said,
+                "said": "; ".join(said),
                 "report": str(report_path),
                 "section": str(folder / baseline.BASELINE) if update and passed else "",
             }

@@ -85,7 +85,8 @@ def sections(pytester) -> dict:
 # Without a baseline
 
 
-def test_a_check_whose_gradients_are_blind_says_so_beside_that_it_passed(suite):
+@pytest.mark.parametrize(("arguments", "outcome"), [([], "passed"), (UPDATE, "recorded")])
+def test_a_check_whose_gradients_are_blind_says_so_beside_its_outcome(suite, arguments, outcome):
     blind = (
         ONE_TEST.replace("(model,", "(lambda_(model),").replace("0.2)", "0)")
         + """
@@ -98,9 +99,9 @@ def test_a_check_whose_gradients_are_blind_says_so_beside_that_it_passed(suite):
             return (self.net(x) * 1e4).softmax(1)
     """
     )
-    result = suite(blind)
+    result = suite(blind, *arguments)
     result.assert_outcomes(passed=1)
-    (line,) = [line for line in result.outlines if line.startswith(f"passed {KEY}: ")]
+    (line,) = [line for line in result.outlines if line.startswith(f"{outcome} {KEY}: ")]
     assert "blind" in line and "probabilities" in line
 
 
