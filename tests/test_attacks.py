@@ -1,6 +1,8 @@
 """Attacks against closed-form optima and against foolbox."""
 
 import random
+import sys
+import warnings
 
 import eagerpy
 import foolbox
@@ -152,6 +154,14 @@ def test_foolbox_attack_that_reaches_no_target_is_refused():
     with pytest.raises(ValueError, match="NewtonFoolAttack runs without a target only"):
         attacks.make("foolbox:NewtonFoolAttack", "l2", targeted=True)
     assert attacks.make("foolbox:GenAttack", "linf", targeted=True).targeted
+
+
+def test_foolbox_is_imported_where_warnings_are_errors(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "foolbox"]:
+        monkeypatch.delitem(sys.modules, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "foolbox:LinfDeepFoolAttack" in attacks.names()
 
 
 def test_foolbox_attack_that_raises_is_named():
