@@ -141,6 +141,8 @@ class Samples:
                 changed[~new] = here[match] != there[~new]
                 if changed.any():
                     found.append(f"{changed.sum():,} with another {what}{other._first(changed)}")
+                    if what == "content" and np.array_equal(np.sort(here), np.sort(there)):
+                        found.append("they are the same images in another order: give them unshuffled")
         return "; ".join(found) or "the labels of some samples differ"
 
     def _first(self, mask: np.ndarray) -> str:

@@ -229,6 +229,8 @@ IDS = ["a", "b", "c", "d"]
         (verdicts(PAIR, ids=IDS), verdicts(PAIR, ids=IDS, labels=[0, 0, 1, 0]), "1 with another label (the first: c)"),
         (verdicts(PAIR, ids=IDS), verdicts(PAIR, ids=IDS, sha256=["0" * 63 + k for k in "0193"]),
          "1 with another content (the first: c)"),
+        (verdicts(PAIR, ids=IDS), verdicts(PAIR, ids=IDS, sha256=[f"{k:064x}" for k in (1, 0, 2, 3)]),
+         "2 with another content (the first: b); they are the same images in another order: give them unshuffled"),
         (verdicts(PAIR, options=OPTIONS | {"limit": 4}),
          verdicts(PAIR, ids=IDS, options=OPTIONS | {"limit": 4, "seed": 1}),
          "(drawn by --limit 4 --seed 0 there, drawn by --limit 4 --seed 1 here)"),
