@@ -387,14 +387,14 @@ def _doubts(run: Run) -> Iterator[str]:
 
 
 def _difference(before: Verdicts | None, current: Verdicts) -> str:
-    """What replacing the baseline changes."""
+    """What replacing the baseline changes: the row that moves most, of equals the worst case at the largest eps."""
     from robust.gate import compare
     from robust.units import format_images
 
     if before is None:
         return f"new, {format_images(len(current))}"
     try:
-        return str(compare(before, current).headline)
+        return str(max(reversed(compare(before, current).changes), key=lambda change: abs(change.change)))
     except InputError as error:
         return str(error)
 

@@ -209,6 +209,14 @@ def test_from_the_first_baseline_to_an_accepted_fall(suite, pytester, monkeypatc
     suite(ONE_TEST, *BASELINE).assert_outcomes(passed=1)
 
 
+def test_an_accepted_fall_is_told_at_the_eps_where_it_is(suite, monkeypatch):
+    ladder = ONE_TEST.replace('"0.1025", min_accuracy=0.2', "[0.1025, 0.25]")  # at 0.25 nothing stands
+    suite(ladder, *UPDATE)
+    monkeypatch.setenv("SHIFT", "0.05")
+    result = suite(ladder, *UPDATE)
+    result.stdout.fnmatch_lines([f"recorded {KEY}: worst case at linf 0.1025 fell from 50.0 % to 25.0 % *"])
+
+
 def test_a_drop_is_judged_by_the_rules_of_the_check(suite, monkeypatch):
     suite(ONE_TEST, *UPDATE)
     monkeypatch.setenv("SHIFT", "0.01")  # 2 of 40 fall: no test can tell
