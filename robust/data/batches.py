@@ -16,6 +16,8 @@ from robust.data.sample import Dataset, Sample
 from robust.data.source import float32, require_labels, require_pixels, require_same_size
 from robust.errors import InputError
 
+_ONCE = "is an iterator, which is read once: give a list or a DataLoader"
+
 
 def from_batches(
     data: Iterable[Any],
@@ -49,7 +51,7 @@ class _Batches:
 
     def __iter__(self) -> Iterator[Sample]:
         if self._spent:
-            raise InputError(f"{self.name} is an iterator, which is read once: give a list or a DataLoader")
+            raise InputError(f"{self.name} {_ONCE}")
         self._spent = isinstance(self._items, Iterator)
         first: Sample | None = None
         for position, (x, y) in enumerate(_pairs(self._items, self.name)):
@@ -60,6 +62,8 @@ class _Batches:
             if self._num_classes is not None:
                 require_labels([y], [sample.id], self._num_classes)
             yield sample
+        if first is None and self._spent:
+            raise InputError(f"no image left: {self.name} {_ONCE}")
 
 
 def _pairs(items: Any, name: str) -> Iterator[tuple[Tensor, int]]:
