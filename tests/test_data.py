@@ -535,6 +535,7 @@ def test_one_image_labelled_by_wnid(tmp_path):
         (model_of(), "panda", r"label 'panda' is no class: net has no class names, so it is a number, 0 \.\. 2"),
         (model_of(class_names=("crane", "gull", "crane")), "crane", r"classes 0 \(crane\), 2 \(crane\): give"),
         (IMAGENET, "crane", r"names the classes 134 \(crane bird\), 517 \(crane\): give the number of one"),
+        (IMAGENET, "Crane", r"names the classes 134 \(crane bird\), 517 \(crane\)"),
         (IMAGENET, "CARDIGAN", r"names the classes 264 \(Cardigan\), 474 \(cardigan\)"),
     ],
 )

@@ -42,8 +42,7 @@ def label_of(name: str, model: Model, option: str = "label") -> int:
         raise InputError(f"{option} {name} is outside the model's classes, 0 .. {model.num_classes - 1}")
     matches = ClassIndex(model.class_names, model.wnids).find(name)
     if model.wnids:  # to torchvision only the machine is a "crane", and a person may mean the bird
-        called = {label for label, first in enumerate(imagenet.wordnet_names()) if first == name}
-        matches = sorted(called.union(matches))
+        matches = sorted({*matches, *ClassIndex(imagenet.wordnet_names()).find(name)})
     if len(matches) > 1:
         named = [f"{label} ({format_class(label, model.class_names)})" for label in matches]
         raise InputError(f"{option} {name!r} names the classes {_listed(named)}: give the number of one")
