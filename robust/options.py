@@ -175,6 +175,8 @@ def whole(name: str, value: Any) -> int | None:
     if value is None and name not in ("restarts", "batch_size", "seed"):
         return None
     try:
+        if isinstance(value, bool):  # which would count as 1
+            raise TypeError
         return index(value)
     except TypeError:
         raise InputError(f"{name} must be a whole number, not {value!r}") from None

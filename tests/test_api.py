@@ -367,6 +367,7 @@ def test_what_is_wrong_whatever_the_model_is_is_said_before_it_is_loaded(data, u
         ({"certify": "no"}, "certify must be True or False, not 'no'"),
         ({"save_adversarials": "no"}, "save_adversarials must be True or False, not 'no'"),
         ({"target": 1.5}, r"target must be a whole number, not 1\.5"),
+        ({"target": True}, "target must be a whole number, not True"),
         ({"attacks": ["pgd"], "step_size": [0.1]}, r"step_size must be a number, not \[0\.1\]"),
         ({"seed": None}, "seed must be a whole number, not None"),
         ({"attacks": [conv_net()]}, "attacks are given by their names, such as 'pgd', not as a Sequential$"),
