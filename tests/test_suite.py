@@ -472,6 +472,9 @@ def test_a_surrogate_comes_back_as_it_was_and_needs_a_gradient(model, data):
 
     with pytest.raises(InputError, match="passes no gradient"):
         robust.run(model, data, attacks=["transfer"], eps=0.02, surrogate=Blind().eval())
+    with pytest.raises(InputError, match=r"the surrogate Sequential: the model's 1\.weight is not initialised"):
+        lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(5))
+        robust.run(model, data, attacks=["transfer"], eps=0.02, surrogate=lazy)
 
 
 def test_transfer_counts_only_what_the_model_was_asked(model, data):

@@ -8,7 +8,7 @@ from robust.errors import InputError
 from robust.models import load_model, memory
 from robust.models.model import Model
 from robust.models.prepare import frozen
-from robust.models.probe import Size, count_classes, describe, device_of
+from robust.models.probe import Size, check_parameters, count_classes, describe, device_of
 from robust.units import format_size
 
 
@@ -40,6 +40,10 @@ def check_surrogate(surrogate: Model, size: Size) -> None:
 
 def _check_reads(surrogate: nn.Module, name: str, size: Size) -> None:
     """InputError where the surrogate cannot read images of this size (C, H, W), or gives no gradient at them."""
+    try:
+        check_parameters(surrogate)
+    except InputError as error:
+        raise InputError(f"the surrogate {name}: {error}") from None
     with frozen(surrogate):
         try:
             count_classes(surrogate, size)
