@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -328,7 +329,7 @@ def _run_options(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _placed(path: str, config: pytest.Config) -> Path:
     """Beside where pytest was called, for a test may be elsewhere."""
-    return config.invocation_params.dir / path
+    return config.invocation_params.dir / os.path.expanduser(path)  # no shell reads --robust-reports=~/DIR, or addopts
 
 
 def _shown(path: Path, config: pytest.Config) -> Path:

@@ -317,6 +317,14 @@ def test_a_check_that_the_file_lacks_and_the_mark_that_some_editors_put_before_i
     assert said.startswith("Failed: robustness.check: b.json has no baseline for test_net.py::test_new: record it with")
 
 
+def test_a_tilde_is_the_home_folder_in_paths_that_no_shell_has_read(suite, pytester, monkeypatch):
+    monkeypatch.setenv("HOME", str(pytester.mkdir("home")))
+    update = ["--robust-baseline=~/b.json", "--robust-update", "--robust-reports=~/out"]
+    suite(ONE_TEST, *update).assert_outcomes(passed=1)
+    home = pytester.path / "home"
+    assert (home / "b.json").is_file() and list(home.glob("out/*/report.html"))
+
+
 def test_an_update_of_some_keeps_the_others(suite, pytester, monkeypatch):
     suite(MANY, "-p", "xdist", *UPDATE)
     before = sections(pytester)
