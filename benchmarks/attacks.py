@@ -9,7 +9,7 @@ turns, and the ratio printed is the median over the rounds of (peer / robust): a
 process of its own, as its users would run it: what one leaves behind, such as the C library's memory, another would
 profit from. Robust accuracy is counted on a fresh forward pass of what each method returns, over all images. "robust"
 is the whole of `robust.run`: clean pass, attack, re-verification, 8-bit check, store. Under AutoAttack it leaves out
-images that it certifies (`robust/certify.py`), which no attack can break; "robust, all attacked" certifies nothing.
+images that it certifies (`robust/certify/`), which no attack can break; "robust, all attacked" certifies nothing.
 
 The others are called as their users call them: foolbox and adversarial-robustness-toolbox take the gradients of
 unfrozen parameters too, and all but pyautoattack attack images that the network gets wrong anyway. With --alike all
