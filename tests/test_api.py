@@ -401,6 +401,7 @@ def test_wrong_arguments_are_refused_in_one_line(model, data, changes, message):
         ({"attacks": ["noise"], "steps": 3}, r"steps means nothing to noise: .* \(see attacks\.takes\)$"),
         ({"attacks": ["autoattack"], "eot": 2}, "in a run with eot name its parts"),
         ({"output": "{old}"}, "already holds a run: continue it with resume=True, or name another output$"),
+        ({"model": "timm:efficientnet_b6"}, "give a file of them with weights$"),
         ({"model": "resnet-50"}, r"\(--list-models lists all classifiers; a file of weights goes to weights\)$"),
     ],
 )

@@ -60,7 +60,7 @@ def from_hugging_face(repository: str, filenames: Sequence[str]) -> Path:
 
 def _impossible(url: str, error: Exception, remedy: str) -> InputError:
     return InputError(
-        f"cannot download {url} ({describe(error)}): give the weights with --weights FILE, {remedy}, "
+        f"cannot download {url} ({describe(error)}): give a file of the weights with --weights, {remedy}, "
         "or take the bundled --model efficientnet_lite0"
     )
 

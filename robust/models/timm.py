@@ -46,7 +46,7 @@ def load(name: str, weights: Path | None, input_size: int | None) -> Model:
     elif config is not None and config.has_weights:
         net = _pretrained(name, config)
     else:
-        raise InputError(f"timm has no pretrained weights for {name}: give a file of them with --weights FILE")
+        raise InputError(f"timm has no pretrained weights for {name}: give a file of them with --weights")
     return as_model(name, f"timm {arch}, weights {weights or config.tag}", net, input_size)
 
 
