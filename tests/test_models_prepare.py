@@ -389,6 +389,14 @@ def test_frozen_restores_buffers_that_a_pass_writes_into() -> None:
     assert all(map(torch.equal, before, module.buffers())) and not module[1].training
 
 
+def test_frozen_leaves_a_buffer_that_has_grown() -> None:
+    module = plain()
+    buffer = next(module.buffers())
+    with frozen(module):
+        buffer.data = torch.ones(len(buffer) + 1)  # as a cache does for larger images
+    assert torch.equal(buffer, torch.ones(len(buffer)))
+
+
 # Gradients by blocks
 
 

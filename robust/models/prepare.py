@@ -48,7 +48,7 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
         for parameter, required in requires_grad:
             parameter.requires_grad_(required)
         for buffer, value in buffers:
-            if not torch.equal(buffer, value):  # the version counts no writes of batch-norms
+            if _is_overwritten(buffer, value):
                 with torch.no_grad():
                     buffer.copy_(value)
 
@@ -56,6 +56,13 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
 def _is_plain(buffer: Tensor) -> bool:
     """Whether it is a tensor with values that may be compared, and written outside of torch.inference_mode."""
     return buffer.layout == torch.strided and not buffer.is_meta and not buffer.is_inference()
+
+
+def _is_overwritten(buffer: Tensor, value: Tensor) -> bool:
+    """Whether it holds other values; what has grown or moved is a cache, and goes with what else its module knows."""
+    if (buffer.shape, buffer.dtype, buffer.device) != (value.shape, value.dtype, value.device):
+        return False
+    return not torch.equal(buffer, value)  # the version counts no writes of batch-norms
 
 
 class Twin(NamedTuple):
