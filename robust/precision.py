@@ -1,6 +1,5 @@
 """In which precision torch multiplies, and that it does so the same way every time."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from threading import RLock
@@ -39,8 +38,8 @@ _TURN = RLock()
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Without what code around it asked of torch: no autocast, new tensors on the CPU and in float32, and what is
-    compiled runs as it was written; it comes back afterwards.
+    """Without what code around it asked of torch: no autocast, new tensors on the CPU and in float32; it comes back
+    afterwards.
 
     Threads take turns: modes, precision and random numbers are those of the process, and a module's mode is its own.
     """
@@ -56,7 +55,4 @@ def undisturbed() -> Iterator[None]:
                 stack.enter_context(torch.device("cpu"))
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled
-            # Batches come in many sizes, for each of which torch would compile anew, and at last warn and give up.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield

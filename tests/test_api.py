@@ -171,6 +171,24 @@ def test_a_compiled_model_runs_as_it_was_written(model, data):
     assert sizes
 
 
+class Chooses(nn.Module):
+    """What torch compiles wherever it is: eager, its gradients fail."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = conv_net()
+
+    def forward(self, x):
+        return torch.cond(x.mean() > 2, lambda z: z + 1, lambda z: 2 * z, (self.net(x),))
+
+
+@pytest.mark.long  # torch imports its compiler
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by torch's own code
+def test_what_is_not_a_compiled_model_may_compile(data):
+    found, plain = (robust.run(net, data, attacks=["pgd"], eps=0.02, steps=3) for net in (Chooses(), conv_net()))
+    assert verdicts(found) == verdicts(plain)
+
+
 @pytest.mark.parametrize(
     ("cores", "environment", "expected"),
     [

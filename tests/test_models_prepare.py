@@ -397,6 +397,13 @@ def test_frozen_leaves_a_buffer_that_has_grown() -> None:
     assert torch.equal(buffer, torch.ones(len(buffer)))
 
 
+def test_frozen_leaves_a_buffer_whose_values_are_one() -> None:
+    module = plain()
+    module.register_buffer("unknown", torch.full((1,), torch.nan).expand(3))
+    with frozen(module):
+        assert module(images()).isfinite().all()
+
+
 # Gradients by blocks
 
 

@@ -31,8 +31,8 @@ def in_training(module: nn.Module) -> bool:
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[nn.Module]:
-    """The module in eval mode and without gradients for its parameters; both are put back, part by part, and so are
-    buffers that its code writes into."""
+    """The module in eval mode, without gradients for its parameters, and as it was written where it is compiled; all is
+    put back, part by part, and so are buffers that its code writes into."""
     training = [(part, part.training) for part in module.modules() if hasattr(part, "training")]
     requires_grad = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers() if _is_plain(buffer)]
@@ -41,7 +41,10 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
             module.eval()
         for parameter in module.parameters():
             parameter.requires_grad_(False)
-        yield module
+        # Batches come in many sizes, for each of which torch would compile anew, and at last warn and give up.
+        compiled = any(map(_is_to_compile, module.modules()))
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield module
     finally:
         for part, mode in training:
             part.training = mode
@@ -55,7 +58,8 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
 
 def _is_plain(buffer: Tensor) -> bool:
     """Whether it is a tensor with values that may be compared, and written outside of torch.inference_mode."""
-    return buffer.layout == torch.strided and not buffer.is_meta and not buffer.is_inference()
+    plain = buffer.layout == torch.strided and 0 not in buffer.stride()  # as after expand
+    return plain and not buffer.is_meta and not buffer.is_inference()
 
 
 def _is_overwritten(buffer: Tensor, value: Tensor) -> bool:
@@ -157,11 +161,12 @@ def judging_format(module: nn.Module, x: Tensor, logits: Tensor) -> torch.memory
 
 def is_compiled(part: nn.Module) -> bool:
     """Whether what runs is not the layers' own code, but made of it by torch."""
-    return (
-        isinstance(part, torch.jit.ScriptModule)
-        or hasattr(part, "_orig_mod")
-        or getattr(part, "_compiled_call_impl", None) is not None
-    )
+    return isinstance(part, torch.jit.ScriptModule) or _is_to_compile(part)
+
+
+def _is_to_compile(part: nn.Module) -> bool:
+    """Whether torch.compile has been asked to."""
+    return hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None
 
 
 def _suits_channels_last(module: nn.Module, device: torch.device) -> bool:
