@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from robust.data.sample import Dataset, Sample
 from robust.device import pick_device, share_of_cores
 from robust.environment import environment, now
 from robust.errors import InputError
+from robust.files import at_home
 from robust.harness import Listener, evaluate
 from robust.models import load_model, memory
 from robust.models.model import Model
@@ -96,7 +96,7 @@ class Run:
     @_in_python()
     def write(self, output: str | Path) -> Path:
         """Write the run directory, store and all reports, to `output`, and return it."""
-        output = _at_home(output)
+        output = at_home(output)
         require_no_files(output, REPORTS)
         self.store.copy_to(output / FILENAME)
         write_reports(self.store, output)
@@ -240,7 +240,7 @@ def run(
         surrogate = wrap_surrogate(surrogate, first.shape)
     elif isinstance(surrogate, str):
         surrogate = load_surrogate(surrogate, input_size)
-    folder = None if output is None else _at_home(output)
+    folder = None if output is None else at_home(output)
     done = execute(model, dataset, options, folder, resume, surrogate=surrogate)
     if folder is not None:
         write_reports(done.store, folder)
@@ -250,7 +250,7 @@ def run(
 @_in_python()
 def load(folder: str | Path) -> Run:
     """The run in `folder`, with its tables; `write(folder)` makes its reports anew. InputError where there is none."""
-    return Run(Store.open(_at_home(folder)))
+    return Run(Store.open(at_home(folder)))
 
 
 @undisturbed()  # by what a model's file has set
@@ -365,11 +365,6 @@ class _ReadOnce:
 
     def __iter__(self) -> Iterator[Sample]:
         return self.samples
-
-
-def _at_home(path: str | Path) -> Path:
-    """The path, which may begin with ~."""
-    return Path(os.path.expanduser(path))
 
 
 def _listed(names: Sequence[str] | str) -> Sequence[str]:

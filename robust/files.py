@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Where files lie, and that they are written whole or not at all."""
 
 import errno
 import glob
@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
+
+
+def at_home(path: str | Path) -> Path:
+    """The path, which may begin with ~; where there is no home of that name, as it is."""
+    return Path(os.path.expanduser(path))
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from robust.errors import InputError, unknown
-from robust.files import check_writable, write_text
+from robust.files import at_home, check_writable, write_text
 from robust.text import visible
 
 if TYPE_CHECKING:
@@ -329,7 +328,7 @@ def _run_options(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _placed(path: str, config: pytest.Config) -> Path:
     """Beside where pytest was called, for a test may be elsewhere."""
-    return config.invocation_params.dir / os.path.expanduser(path)  # no shell reads --robust-reports=~/DIR, or addopts
+    return config.invocation_params.dir / at_home(path)  # no shell reads --robust-reports=~/DIR, or addopts
 
 
 def _shown(path: Path, config: pytest.Config) -> Path:

@@ -8,7 +8,7 @@ function, whose least value over the box is known. It tells something of network
 A copy of the module runs its own code, on a tensor that knows its bounds and refuses every operation without a rule.
 Bounds are in float64, on what float32 makes of the network: each operation adds the most that rounding can change
 there, n·u times the absolute values of the n that are summed (Higham, Accuracy and Stability of Numerical Algorithms,
-2002, section 3.1), which is traced back like any other change.
+2002, section 3.1) and what underflow loses, which is traced back like any other change.
 """
 
 from robust.certify.bounds import NoBounds

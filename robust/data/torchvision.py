@@ -5,7 +5,6 @@ makes.
 """
 
 import hashlib
-import os
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from robust.data.images import decode, pixels, read_file
 from robust.data.labels import folder_labels, set_labels
 from robust.data.source import Request, Source, row_ids
 from robust.errors import InputError
+from robust.files import at_home
 from robust.models import classes
 from robust.models.model import Model
 from robust.models.probe import describe
@@ -67,7 +67,7 @@ def load(request: Request) -> Source:
             f"{name} is a data set of torchvision: name the folder that holds it with --data-root "
             f"(an image folder of this name is ./{name})"
         )
-    root = Path(os.path.expanduser(request.data_root))
+    root = at_home(request.data_root)
     held = _open(entry, root)
     return _in_memory(held, entry, model) if entry.labels else _in_files(held, entry, root, model)
 

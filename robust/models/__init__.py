@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from robust.errors import InputError, unknown
+from robust.files import at_home
 
 if TYPE_CHECKING:
     from robust.models.model import Model
@@ -37,7 +38,7 @@ def load_model(spec: str, weights: Path | None = None, input_size: int | None = 
 
     # A shell leaves the ~ of --weights=~/FILE, and of what is quoted, to the program.
     source, name = _resolve(os.path.expanduser(spec))
-    weights = None if weights is None else Path(os.path.expanduser(weights))
+    weights = None if weights is None else at_home(weights)
     with put_back():  # networks are initialised before their weights are loaded
         model = import_module(SOURCES[source]).load(name, weights, input_size)
     # A path says little in a sentence, and differs between machines: a user's network goes by its function.
